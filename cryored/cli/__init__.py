@@ -1,0 +1,100 @@
+"""The command line: a group that loads a command only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from cryored import __version__
+
+# Command, its module and its line in `cryored --help`, so that the help imports no numpy.
+COMMANDS = {
+    "simulate": "Make maps, particles and training pairs from atomic models.",
+    "train": "Train a prior on pairs of maps.",
+    "denoise": "Denoise one map with a trained prior.",
+    "red-update": "Answer one reconstruction request of RELION with the CW-RED update.",
+    "fsc": "Compare two maps by Fourier shell correlation.",
+    "lambda-schedule": "Derive the weight of the prior from a resolution.",
+    "watch": "Serve the requests of a running refinement with the model resident.",
+}
+
+
+class _Failure(click.ClickException):
+    """An error whose cause is the input or the machine: one line, exit status 1."""
+
+    exit_code = 1
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"cryored: error: {self.message}", err=True)
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"cryored.cli.{module}"), module)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from cryored.cli.options import verbosity
+        from cryored.errors import CryoredError
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # `cryored ... | head -1`: the reader has what it wants. Keep the interpreter from flushing again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(141)
+        except (CryoredError, OSError, MemoryError) as error:
+            if verbosity(ctx) >= 2:
+                raise
+            raise _Failure(_message(error)) from error
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error or 'allocation failed'}); use smaller tiles or fewer threads"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CRYORED"},
+    epilog="Every option can be set through the environment: CRYORED_RED_UPDATE_MODEL for --model of red-update. "
+    "CRYORED_MODEL_PATH adds folders of models.",
+)
+@click.version_option(__version__, prog_name="cryored", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Put a learned prior into cryo-EM structure determination.
+
+    The commands read and write MRC and STAR files, "-" stands for a pipe; results go to standard output,
+    everything else to standard error.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 input or machine at fault, 2 usage, 130 interrupted."""
+    try:
+        cli.main(prog_name="cryored", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("cryored: interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)

@@ -1,0 +1,98 @@
+"""The command ``cryored fsc``."""
+
+from __future__ import annotations
+
+import click
+
+from cryored.cli import options
+
+
+@click.command(
+    short_help="Compare two maps by Fourier shell correlation.",
+    epilog="Example: the resolution of two half-maps within a mask, with the files for a deposition.\n\n"
+    "\b\n"
+    "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
+    "      --mask mask.mrc --xml fsc.xml --plot fsc.png > fsc.tsv\n"
+    "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
+    "      --mask mask.mrc --resolution-only",
+)
+@click.argument("map1", type=options.PATH)
+@click.argument("map2", type=options.PATH)
+@click.option("--mask", type=options.PATH, metavar="FILE.mrc", help="Mask from 0 to 1, in the same box.")
+@options.angpix
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.143,
+    show_default=True,
+    help="Correlation at which the resolution is read off.",
+)
+@click.option("--resolution-only", is_flag=True, help="Print nothing but the resolution in angstrom.")
+@click.option(
+    "--randomise-from",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="ANGSTROM",
+    help="With --mask: randomise phases beyond this resolution.  "
+    "[default: where the unmasked FSC first drops below 0.8]",
+)
+@click.option("--star", type=options.PATH, metavar="FILE.star", help="Write a table as relion_postprocess does.")
+@click.option("--xml", type=options.PATH, metavar="FILE.xml", help="Write the curve for a deposition at EMDB.")
+@options.plot
+@options.overwrite
+@options.seed
+@options.threads
+@options.common
+def fsc(
+    map1: str,
+    map2: str,
+    mask: str | None,
+    angpix: float | None,
+    threshold: float,
+    resolution_only: bool,
+    randomise_from: float | None,
+    star: str | None,
+    xml: str | None,
+    plot: str | None,
+    overwrite: bool,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Compare MAP1 and MAP2 by Fourier shell correlation (FSC).
+
+    Prints a line for each shell: shell, frequency (1/angstrom), resolution (angstrom) and fsc; with --mask
+    also fsc_masked, fsc_randomised (the part that the mask makes) and fsc_corrected (without that part). The
+    numbers are those of relion_postprocess. The resolution is that of the last shell before the curve (the
+    corrected one with --mask) first drops below the threshold, inf if there is none.
+
+    MAP1, MAP2 or the mask may be "-" for standard input, and --star or --xml "-" for standard output.
+    """
+    from cryored.output import STREAM, check_target, write_text
+
+    if [map1, map2, mask].count(STREAM) > 1:
+        raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")
+    if [star, xml].count(STREAM) + resolution_only > 1:
+        raise click.UsageError("--resolution-only, --star - and --xml - all print: choose one.")
+    if plot == STREAM:
+        raise click.UsageError("--plot needs the name of a file.")
+    if randomise_from is not None and mask is None:
+        raise click.UsageError("--randomise-from has no meaning without --mask.")
+    for target in (star, xml, plot):
+        if target is not None and target != STREAM:
+            check_target(target, overwrite)
+
+    from cryored.fsc import fsc_files, log_summary
+    from cryored.fsc_table import draw_fsc, format_tsv, format_xml, star_blocks
+    from cryored.star import write_star
+
+    result = fsc_files(map1, map2, mask=mask, angpix=angpix, randomise_from=randomise_from, seed=seed, threads=threads)
+    log_summary(result, threshold)
+    if star is not None:
+        write_star(star, star_blocks(result, threshold))
+    if xml is not None:
+        write_text(xml, format_xml(result))
+    if plot is not None:
+        draw_fsc(plot, result, threshold)
+    if resolution_only:
+        click.echo(f"{result.resolution(threshold):.4f}")
+    elif STREAM not in (star, xml):
+        write_text(STREAM, format_tsv(result))

@@ -1,0 +1,52 @@
+"""Progress on standard error: a bar on a terminal, a line now and then without one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+_LINE_EVERY = 60.0  # seconds between lines where there is no terminal
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Advance]:
+    """Give a function ``advance(done, total, note="")`` that shows how far a long job is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not (console.is_terminal and logger.isEnabledFor(logging.INFO)):
+        yield _lines(what)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total, note="")
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def _lines(what: str) -> Advance:
+    last = time.monotonic()
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > _LINE_EVERY:
+            last = time.monotonic()
+            logger.info("%s: %d of %d %s", what, done, total, note)
+
+    return advance

@@ -1,0 +1,140 @@
+"""``cryored simulate particles``."""
+
+from __future__ import annotations
+
+import click
+from click.core import ParameterSource
+
+from cryored.cli import options
+
+
+def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{value}', expected two numbers as in 0.2,2.0") from None
+    return low, high
+
+
+@click.command(
+    short_help="Make a stack of particles that RELION can refine from a map.",
+    epilog="Example: noisy particles with start angles 5 degrees off, for local searches.\n\n"
+    "\b\n"
+    "  cryored simulate particles map.mrc sim --number 400 --snr 0.05 --perturb-angles 5",
+)
+@click.argument("map_path", metavar="MAP", type=options.PATH)
+@click.argument("stem", metavar="STEM", type=options.PATH)
+@click.option("--number", type=click.IntRange(min=1), default=10000, show_default=True, help="Number of particles.")
+@click.option(
+    "--snr",
+    type=float,
+    default=0.002,
+    show_default=True,
+    help="Variance of the noise-free pixels over that of the noise; 'inf' for no noise.",
+)
+@click.option("--scale", type=float, help="Multiply the map by this instead; the noise has variance 1.")
+@click.option(
+    "--ctf/--no-ctf", "apply_ctf", default=True, show_default=True, help="Apply a contrast transfer function."
+)
+@click.option(
+    "--defocus",
+    "defocus_range",
+    callback=_range,
+    metavar="LOW,HIGH",
+    default="0.2,2.0",
+    show_default=True,
+    help="Range of the underfocus, in micrometre.",
+)
+@click.option("--voltage", type=float, default=300.0, show_default=True, help="In kilovolt.")
+@click.option("--cs", type=float, default=2.7, show_default=True, help="Spherical aberration, in millimetre.")
+@click.option(
+    "--amplitude-contrast",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Fraction of amplitude contrast.",
+)
+@click.option(
+    "--shift",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Standard deviation of the particles' x and y, in pixels.",
+)
+@click.option(
+    "--perturb-angles",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Root mean square error of the start orientations, in degrees.",
+)
+@click.option(
+    "--ini-high",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Resolution of the reference, in angstrom.",
+)
+@options.angpix
+@options.seed
+@options.threads
+@options.overwrite
+@options.common
+@click.pass_context
+def particles(
+    ctx: click.Context,
+    map_path: str,
+    stem: str,
+    number: int,
+    snr: float,
+    scale: float | None,
+    apply_ctf: bool,
+    defocus_range: tuple[float, float],
+    voltage: float,
+    cs: float,
+    amplitude_contrast: float,
+    shift: float,
+    perturb_angles: float,
+    ini_high: float,
+    angpix: float | None,
+    seed: int,
+    threads: int | None,
+    overwrite: bool,
+) -> None:
+    """Make a stack of particles that RELION can refine, from MAP.
+
+    Orientations are uniform. The pixels get white noise of variance 1, as RELION wants it, and MAP is
+    multiplied so that the particles have the signal-to-noise ratio asked for.
+
+    Written are STEM.mrcs, the particles; STEM.star, to refine from; STEM_truth.star, with the true
+    orientations and shifts; and STEM_reference.mrc, MAP on the particles' grey scale and low-pass filtered.
+    Run it in RELION's project folder: the STAR files name the stack as STEM does. The name of STEM.star is
+    printed.
+
+    MAP is a cube with an even box; "-" reads it from standard input.
+    """
+    from cryored.cli.progress import bar
+    from cryored.particles import Microscope, simulate_particles_file
+
+    if scale is not None and ctx.get_parameter_source("snr") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--snr and --scale exclude each other: give one of them")
+    with bar("particles", number) as advance:
+        result = simulate_particles_file(
+            map_path,
+            stem,
+            number=number,
+            snr=snr,
+            scale=scale,
+            apply_ctf=apply_ctf,
+            defocus_range=defocus_range,
+            microscope=Microscope(voltage, cs, amplitude_contrast),
+            shift=shift,
+            perturb_angles=perturb_angles,
+            ini_high=ini_high,
+            angpix=angpix,
+            seed=seed,
+            overwrite=overwrite,
+            threads=threads,
+            progress=advance,
+        )
+    click.echo(result.star)

@@ -1,0 +1,296 @@
+"""Apply a trained network to a map: any box, any pixel size."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cryored import device
+from cryored.errors import InputError
+from cryored.fourier import apply_shells, forward, inverse, spatial_frequency
+from cryored.models import Model, check_weights, find_model, load_network
+from cryored.resample import SAME_PIXEL, from_grid, plan_axis, to_grid
+from cryored.standardise import standard_of
+from cryored.volume import Floats, Volume, raised_cosine, window
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TILE = 128  # voxels at the model's pixel size; 96 voxels cubed need about 0.3 GB
+_OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner half of them
+_CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
+
+Array = npt.NDArray[np.float32]
+Network = Callable[[Array], Array]
+
+
+def crossover(frequency: npt.NDArray[Any], voxel_size: float, model_pixel: float) -> npt.NDArray[Any]:
+    """Weight of the prior against spatial frequency: it fades where the model's Nyquist frequency ends it.
+
+    Parameters
+    ----------
+    frequency : ndarray
+        In 1/angstrom.
+    voxel_size, model_pixel : float
+        Of the map and of the model, in angstrom.
+
+    Returns
+    -------
+    ndarray
+        1 everywhere for a map that is not finer than the model; else 1 up to 0.9 of the model's Nyquist
+        frequency and a raised cosine down to 0 at it.
+    """
+    if voxel_size >= model_pixel * (1 - SAME_PIXEL):
+        return np.ones_like(frequency)
+    nyquist = 0.5 / model_pixel
+    return raised_cosine((frequency / nyquist - _CROSSOVER) / (1 - _CROSSOVER))
+
+
+Rotation = tuple[tuple[int, ...], tuple[int, ...]]  # permutation of the axes, steps of +1 or -1
+
+
+def cube_rotations() -> list[Rotation]:
+    """Return the 24 rotations of a cube as (permutation of the axes, steps of +1 or -1), the identity first."""
+    rotations = []
+    for axes in itertools.permutations((0, 1, 2)):
+        parity = np.linalg.det(np.eye(3)[list(axes)])
+        for signs in itertools.product((1, -1), repeat=3):
+            if parity * np.prod(signs) > 0:
+                rotations.append((axes, signs))
+    return rotations
+
+
+def rotate(data: Array, rotation: Rotation) -> Array:
+    """Rotate a map as one of `cube_rotations` says."""
+    axes, signs = rotation
+    return data.transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
+
+
+def rotate_back(data: Array, rotation: Rotation) -> Array:
+    """Undo `rotate`."""
+    axes, signs = rotation
+    return data[tuple(slice(None, None, sign) for sign in signs)].transpose(np.argsort(axes))
+
+
+def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) -> Array:
+    """Run a network over a map in overlapping tiles.
+
+    Parameters
+    ----------
+    network : callable
+        Takes and returns (z, y, x) float32; edges must be multiples of `multiple`.
+    data : (z, y, x) float32
+        Standardised; the solvent is 0.
+    tile : int
+        Edge of a tile; a map that is not larger is done in one pass.
+    multiple : int
+        Tiles start at multiples of it, so that the network pools the same voxels together as in one pass.
+
+    Returns
+    -------
+    (z, y, x) float32
+    """
+    tile = max(_round_up(tile, multiple), _round_up(_OVERLAP, multiple) + multiple)
+    padded_shape = tuple(_round_up(n, multiple) for n in data.shape)
+    padded = window(data, padded_shape)
+    result = np.zeros(padded_shape, dtype=np.float32)
+    weight = np.zeros(padded_shape, dtype=np.float32)
+    for corner in itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)):
+        place = tuple(slice(start, min(start + tile, n)) for start, n in zip(corner, padded_shape, strict=True))
+        ramps = [_ramp(part, n) for part, n in zip(place, padded_shape, strict=True)]
+        blend = ramps[0][:, None, None] * ramps[1][None, :, None] * ramps[2][None, None, :]
+        result[place] += network(np.ascontiguousarray(padded[place])) * blend
+        weight[place] += blend
+    return window(result / weight, data.shape)
+
+
+@dataclass
+class Denoiser:
+    """A model ready to be applied to maps; the network is loaded when it is first needed.
+
+    Parameters
+    ----------
+    model : Model
+    gpu : bool, optional
+        See `cryored.device.set_up`.
+    threads : int, optional
+    tile : int
+        Edge of the tiles in voxels of the model's size.
+    rotations : int
+        Average over the first so many of the 24 cube rotations.
+    """
+
+    model: Model
+    gpu: bool | None = None
+    threads: int | None = None
+    tile: int = DEFAULT_TILE
+    rotations: int = 1
+    device_name: str = ""
+    _network: Any = None
+
+    def __call__(self, volume: Volume) -> Volume:
+        """Denoise a map: the input minus what the network takes for its error.
+
+        The map is resampled to the model's pixel size, standardised as a whole, and the network's output is
+        scaled and resampled back. Beyond the model's Nyquist frequency a regularised map stays as it is, and an
+        unregularised one, which is mostly noise there, is cut.
+
+        Raises
+        ------
+        InputError
+            The pixel size is unknown.
+        """
+        if volume.voxel_size <= 0:
+            raise InputError("the map's pixel size is unknown (0); give it with --angpix")
+        card = self.model.card
+        standard = standard_of(volume.data, volume.voxel_size)
+        if standard.deviation == 0:
+            return volume
+        grids = tuple(plan_axis(n, volume.voxel_size, card.pixel_size) for n in volume.shape)
+        sampled = to_grid(volume.data, grids, standard.level)  # type: ignore[arg-type]
+        # The scale is taken at the model's pixel size, where the network was trained.
+        standard = standard_of(sampled, volume.voxel_size * grids[0].padded / grids[0].resampled)
+        error = self._error(standard.apply(sampled)) * np.float32(standard.deviation)
+        error = from_grid(error, grids)  # type: ignore[arg-type]
+        if volume.voxel_size >= card.pixel_size * (1 - SAME_PIXEL):
+            return volume.with_data(volume.data - error)
+        weight = crossover(spatial_frequency(volume.shape, volume.voxel_size), volume.voxel_size, card.pixel_size)
+        faded = forward(error, self.threads) * weight
+        kept = forward(volume.data, self.threads) * (1 if card.input == "regularised" else weight)
+        return volume.with_data(inverse(kept - faded, volume.shape, self.threads).astype(np.float32))
+
+    def load(self) -> None:
+        """Load the network now instead of at the first map."""
+        if self._network is None:
+            self.device_name = device.set_up(self.gpu, self.threads)
+            self._network = load_network(self.model)
+
+    def _error(self, data: Array) -> Array:
+        """Return the network's output for standardised data, averaged over rotations."""
+        self.load()
+        multiple = 2**self.model.card.depth
+        total = np.zeros_like(data)
+        for rotation in cube_rotations()[: self.rotations]:
+            turned = predict_tiled(self._predict, rotate(data, rotation), tile=self.tile, multiple=multiple)
+            total += rotate_back(turned, rotation)
+        return total / np.float32(self.rotations)
+
+    def _predict(self, data: Array) -> Array:
+        return np.asarray(self._network.predict_on_batch(data[None, ..., None]), dtype=np.float32)[0, ..., 0]
+
+
+def denoise_file(
+    path: str,
+    output: str,
+    *,
+    model: str,
+    half2: str | None = None,
+    fsc: str | None = None,
+    mask: str | None = None,
+    angpix: float | None = None,
+    rotations: int = 1,
+    tile: int = DEFAULT_TILE,
+    gpu: bool | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Denoise one map file; see `Denoiser` and the help of ``cryored denoise``.
+
+    Parameters
+    ----------
+    path, output : str
+        MRC files, or ``-``.
+    model : str
+        Name or folder.
+    half2, fsc : str, optional
+        The other half-map, or an FSC table: `path` is then a raw half-map and is weighted by the FSC first.
+    mask : str, optional
+        Soft mask that multiplies the result.
+    """
+    from cryored.mrc import read_volume, write_volume
+    from cryored.output import check_target
+
+    check_target(output, overwrite)
+    found = find_model(model)
+    check_weights(found)
+    volume = read_volume(path, angpix=angpix)
+    if volume.voxel_size <= 0:
+        raise InputError(f"{path}: pixel size 0 (unknown) in the header, expected angstrom; give it with --angpix")
+    mask_data = None
+    if mask is not None:
+        mask_data = read_volume(mask).data
+        if mask_data.shape != volume.shape:
+            raise InputError(f"{mask}: shape {mask_data.shape} (z, y, x), expected that of {path}, {volume.shape}")
+    volume = _weighted(volume, path, half2, fsc, found, threads)
+    denoiser = Denoiser(found, gpu=gpu, threads=threads, tile=tile, rotations=rotations)
+    result = denoiser(volume)
+    if denoiser.device_name:
+        logger.info("denoised with %s on %s", found.card.name, denoiser.device_name)
+    else:
+        logger.info("%s is constant: returned as it is", path)
+    if mask_data is not None:
+        result = result.with_data(result.data * mask_data)
+    write_volume(output, result, label=f"denoise {found.card.name} {found.card.sha256[:8]} rotations {rotations}")
+
+
+def _weighted(
+    volume: Volume, path: str, half2: str | None, fsc: str | None, model: Model, threads: int | None
+) -> Volume:
+    """Weight a raw half-map by its FSC, where the network wants that."""
+    from cryored.fsc import shell_correlation
+    from cryored.fsc_table import read_fsc_table
+    from cryored.mrc import read_volume
+
+    weights: Floats
+    if model.card.input == "unregularised":
+        if half2 or fsc:
+            logger.info("%s takes raw maps: %s is not weighted by an FSC", model.card.name, path)
+        return volume
+    if half2 is not None:
+        other = read_volume(half2)
+        if other.shape != volume.shape:
+            raise InputError(f"{half2}: shape {other.shape} (z, y, x), expected that of {path}, {volume.shape}")
+        weights = shell_correlation(volume.data, other.data, threads=threads)
+    elif fsc is not None:
+        curve = read_fsc_table(fsc)
+        shells = np.arange(max(volume.shape) // 2 + 1) / (max(volume.shape) * volume.voxel_size)
+        # A table that ends early knows nothing beyond: no weight there.
+        weights = np.interp(shells, curve.frequency, curve.fsc, right=0.0)
+    else:
+        logger.info(
+            "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
+            "--half2 or --fsc",
+            path,
+        )
+        return volume
+    return volume.with_data(apply_shells(volume.data, np.clip(weights, 0.0, 1.0), threads))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _starts(n: int, tile: int, multiple: int) -> Iterator[int]:
+    """Yield where tiles begin along an axis of `n` voxels."""
+    step = max(multiple, (tile - _OVERLAP) // multiple * multiple)
+    start = 0
+    while start + tile < n:
+        yield start
+        start += step
+    yield start if start == 0 else max(0, n - tile)
+
+
+def _ramp(part: slice, n: int) -> Array:
+    """Weight of a tile along one axis: it rises over the inner half of the overlap, but at the map's own faces."""
+    size = part.stop - part.start
+    position = np.arange(size, dtype=np.float32) + 0.5
+    quarter = _OVERLAP / 4
+    low = np.ones(size) if part.start == 0 else raised_cosine((3 * quarter - position) / (2 * quarter))
+    high = np.ones(size) if part.stop == n else raised_cosine((3 * quarter - position[::-1]) / (2 * quarter))
+    # Never quite zero, so that the sum of weights can be divided by.
+    return np.maximum(low * high, 1e-6).astype(np.float32)

@@ -1,0 +1,113 @@
+"""The weight of the prior, lambda, from the nominal resolution (Kimanius et al. 2021, section 2.2)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cryored.errors import InputError
+
+LOW, HIGH = 10.0, 4.5  # angstrom: the prior is off at LOW and worse, fully trusted at HIGH and better
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lambda against nominal resolution: straight lines between points, constant beyond the outermost.
+
+    Parameters
+    ----------
+    resolutions : tuple of float
+        In angstrom, increasing.
+    lambdas : tuple of float
+        Between 0 and 1.
+    """
+
+    resolutions: tuple[float, ...] = (HIGH, LOW)
+    lambdas: tuple[float, ...] = (1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        """Refuse points that are no schedule."""
+        steps = zip(self.resolutions[:-1], self.resolutions[1:], strict=True)
+        if len(self.resolutions) != len(self.lambdas) or len(self.resolutions) < 2:
+            raise InputError("a schedule needs as many resolutions as lambdas, two at least")
+        if not all(0 < low < high < math.inf for low, high in steps):
+            raise InputError(f"schedule: resolutions {list(self.resolutions)}, expected increasing angstroms")
+        if not all(0 <= lam <= 1 for lam in self.lambdas):
+            raise InputError(f"schedule: lambdas {list(self.lambdas)}, expected values between 0 and 1")
+
+    def __call__(self, resolution: float) -> float:
+        """Return lambda at a nominal resolution in angstrom; 0 where nothing is resolved (infinity)."""
+        if math.isinf(resolution):
+            return 0.0
+        if not resolution > 0:
+            raise InputError(f"resolution {resolution:g} A, expected a positive number")
+        return float(np.interp(resolution, self.resolutions, self.lambdas))
+
+
+def linear_schedule(low: float = LOW, high: float = HIGH) -> Schedule:
+    """Return the paper's line: 0 at `low` angstrom and worse, 1 at `high` and better."""
+    if not 0 < high < low:
+        raise InputError(f"--high {high:g} and --low {low:g} A: expected 0 < high < low")
+    return Schedule((high, low), (1.0, 0.0))
+
+
+def read_schedule(path: str | os.PathLike[str]) -> Schedule:
+    """Read a stored schedule: JSON with the lists ``resolution`` (angstrom) and ``lambda``."""
+    name = os.fspath(path)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        points = sorted(zip(map(float, content["resolution"]), map(float, content["lambda"]), strict=True))
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{name}: no schedule ({error}); expected JSON like {{"resolution": [4.5, 10], "lambda": [1, 0]}}'
+        ) from error
+    try:
+        return Schedule(tuple(point[0] for point in points), tuple(point[1] for point in points))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def source_resolution(path: str, angpix: float | None = None) -> float:
+    """Return the nominal resolution (FSC 0.143) that an FSC table or one of RELION's requests implies.
+
+    Parameters
+    ----------
+    path : str
+        TSV, STAR or EMDB XML as `read_fsc_table` reads them, ``-``, or a RELION request.
+    angpix : float, optional
+        For a request that lacks the pixel size.
+    """
+    from cryored.fsc import nominal_resolution
+    from cryored.fsc_table import read_fsc_table
+    from cryored.output import is_stream
+    from cryored.relion import is_request, read_request
+    from cryored.star import read_star
+
+    if not is_stream(path) and is_request(path):
+        return read_request(read_star(path), angpix=angpix).nominal_resolution()
+    curve = read_fsc_table(path)
+    return nominal_resolution(curve.frequency, curve.fsc)
+
+
+def draw_schedule(path: str, schedule: Schedule, resolution: float | None = None) -> None:
+    """Draw lambda against resolution as a PNG, with a mark at `resolution`."""
+    from cryored.plotting import new_figure, save_figure
+
+    figure = new_figure(5, 3.2)
+    axes = figure.add_subplot()
+    grid = np.linspace(2.0, max(16.0, schedule.resolutions[-1] * 1.2), 400)
+    axes.plot(grid, [schedule(value) for value in grid])
+    if resolution is not None and not math.isinf(resolution):
+        lam = schedule(resolution)
+        axes.plot([resolution], [lam], "o")
+        axes.annotate(f"{resolution:.2f} Å: {lam:.3f}", (resolution, lam), xytext=(6, 6), textcoords="offset points")
+    axes.set(xlabel="nominal resolution (Å)", ylabel="lambda", ylim=(-0.05, 1.15))
+    axes.invert_xaxis()
+    save_figure(figure, path)

@@ -1,0 +1,158 @@
+"""Models on disk: ``NAME/model.keras`` and ``NAME/card.json``; finding, checking, loading, saving.
+
+A name is looked up in the folders of CRYORED_MODEL_PATH (separated by colons), then among the models that came
+with cryored. The card says what the weights are for and holds their checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cryored.errors import ModelError
+from cryored.output import whole_file, write_text
+
+DEFAULT = "starter"
+WEIGHTS = "model.keras"
+CARD = "card.json"
+PATH_VARIABLE = "CRYORED_MODEL_PATH"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model is for.
+
+    Parameters
+    ----------
+    name : str
+    input : {"regularised", "unregularised"}
+        The map that the network sees: filtered by its FSC (eq. 11 in the loop), or raw as in the paper.
+    pixel_size : float
+        Voxel size in angstrom that it was trained on; maps are resampled to it.
+    width, depth : int
+        See `cryored.network.build_unet`.
+    sha256 : str
+        Of ``model.keras``.
+    resolution_range : (float, float)
+        Nominal resolutions in the training data, best and worst, in angstrom.
+    training, evaluation : dict
+        For people: data, command, time; errors on held-out structures.
+    """
+
+    name: str
+    input: Literal["regularised", "unregularised"]
+    pixel_size: float
+    width: int
+    depth: int
+    sha256: str
+    resolution_range: tuple[float, float]
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was found and whose card was read; the weights are loaded by `load_network`."""
+
+    folder: Path
+    card: ModelCard
+
+    @property
+    def weights(self) -> Path:
+        """The Keras file."""
+        return self.folder / WEIGHTS
+
+
+def model_folders() -> list[Path]:
+    """Return the folders in which names are looked up, in order."""
+    added = [Path(entry) for entry in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if entry]
+    package = Path(__file__).parent
+    # In a wheel the models lie inside the package; in a checkout (editable install) beside it.
+    return [*added, package / "share" / "models", package.parent / "share" / "models"]
+
+
+def find_model(name_or_path: str) -> Model:
+    """Find a model and read its card.
+
+    Raises
+    ------
+    ModelError
+        No model of that name (the message lists those there are), or a card that cannot be used.
+    """
+    folder = _find_folder(name_or_path)
+    path = folder / CARD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["resolution_range"] = tuple(content["resolution_range"])
+        card = ModelCard(**content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path}: no usable model card ({error}); train writes one") from error
+    if card.input not in ("regularised", "unregularised"):
+        raise ModelError(f"{path}: input is '{card.input}', expected 'regularised' or 'unregularised'")
+    return Model(folder, card)
+
+
+def check_weights(model: Model) -> None:
+    """Compare the weights with the card's checksum; raise `ModelError` if they differ."""
+    try:
+        found = _sha256(model.weights)
+    except OSError as error:
+        raise ModelError(f"{model.weights}: cannot be read: {error.strerror}") from error
+    if found != model.card.sha256:
+        raise ModelError(
+            f"{model.weights}: sha256 {found[:12]}..., but its card says {model.card.sha256[:12]}...; "
+            "the file is damaged or was replaced: install the model again"
+        )
+
+
+def load_network(model: Model) -> Any:
+    """Check the weights and load the Keras network. The device must be set up before (`cryored.device`)."""
+    check_weights(model)
+    import keras
+
+    try:
+        network = keras.saving.load_model(model.weights, compile=False, safe_mode=True)
+    except (ValueError, OSError, TypeError) as error:
+        raise ModelError(f"{model.weights}: no Keras model that can be loaded ({error})") from error
+    # XLA compiles for minutes and runs slower on a CPU.
+    network.compile(jit_compile=False)
+    return network
+
+
+def save_model(folder: Path, network: Any, card: ModelCard) -> Model:
+    """Write weights and card whole; the card gets the checksum of what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / WEIGHTS) as partial:
+        # Keras insists on the suffix.
+        named = partial.with_suffix(".keras")
+        network.save(named, include_optimizer=False)
+        named.replace(partial)
+    card = dataclasses.replace(card, sha256=_sha256(folder / WEIGHTS))
+    write_text(folder / CARD, json.dumps(dataclasses.asdict(card), indent=2) + "\n")
+    return Model(folder, card)
+
+
+def _find_folder(name_or_path: str) -> Path:
+    direct = Path(name_or_path)
+    if direct.parent != Path(".") or direct.is_absolute() or name_or_path.startswith("."):
+        if (direct / CARD).is_file():
+            return direct
+        raise ModelError(f"{direct}: no model here, expected a folder with {WEIGHTS} and {CARD}")
+    known = []
+    for folder in model_folders():
+        if (folder / name_or_path / CARD).is_file():
+            return folder / name_or_path
+        known += sorted(path.parent.name for path in folder.glob(f"*/{CARD}"))
+    names = ", ".join(dict.fromkeys(known)) or "none"
+    raise ModelError(
+        f"no model named '{name_or_path}'; there is: {names}. Give a folder as ./NAME or add folders to {PATH_VARIABLE}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,225 @@
+"""RELION's external-reconstruct request: what it asks for, and where things lie."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cryored.errors import InputError
+from cryored.fourier import padded_size
+from cryored.fsc import nominal_resolution
+from cryored.star import Star, read_star
+
+_GENERAL = "external_reconstruct_general"
+_TAU2 = "external_reconstruct_tau2"
+_ENDING = "_external_reconstruct"
+# run_it003_half1_class001, run_ct5_it006_class002, run_it002_body001 ...
+_ROOT = re.compile(r"(?P<run>.*)_it(?P<iteration>\d+)(?P<half>_half[12])?(?:_(?:class|body)\d+)+$")
+_ITERATION = re.compile(r"_it(\d+)_")
+
+Shells = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of RELION's hook. Paths are as RELION wrote them: relative to its project folder.
+
+    Parameters
+    ----------
+    star : Path
+        The request itself.
+    data_real, data_imag, weight : Path
+        B (real and imaginary part) and K of the padded half-transform.
+    result : Path
+        The map that RELION reads afterwards.
+    result_star : Path or None
+        A table that RELION would read too; cryored never writes it.
+    tau2_fudge, pad : float
+    ori : int
+        Box of the map in voxels.
+    r_max : int
+        Half the current image size: the shell from which on nothing is known.
+    tau2, fsc : (ori // 2 + 1,) float64
+        As in the request, tau2 without the fudge factor and padding that eq. 11 needs.
+    pixel_size : float
+        In angstrom.
+    """
+
+    star: Path
+    data_real: Path
+    data_imag: Path
+    weight: Path
+    result: Path
+    result_star: Path | None
+    tau2_fudge: float
+    pad: float
+    ori: int
+    r_max: int
+    tau2: Shells
+    fsc: Shells
+    pixel_size: float
+
+    @property
+    def array_shape(self) -> tuple[int, int, int]:
+        """Shape of B and K."""
+        n = padded_size(self.pad, self.ori)
+        return n, n, n // 2 + 1
+
+    @property
+    def root(self) -> str:
+        """RELION's name for the map, such as ``run/run_it003_half1_class001``."""
+        return str(self.star.with_suffix("")).removesuffix(_ENDING)
+
+    @property
+    def log(self) -> Path:
+        """Where cryored logs what it did."""
+        return Path(f"{self.root}_cryored.log")
+
+    @property
+    def frequency(self) -> Shells:
+        """Spatial frequency of each shell in 1/angstrom."""
+        return np.arange(self.ori // 2 + 1) / (self.ori * self.pixel_size)
+
+    def nominal_resolution(self) -> float:
+        """Return where the half-maps' FSC falls below 0.143, in angstrom.
+
+        Raises
+        ------
+        InputError
+            The FSC is zero throughout, as in Class3D, which has no half-maps.
+        """
+        if not self.fsc.any():
+            raise InputError(
+                f"{self.star}: the FSC is zero in all shells (Class3D has no half-maps), so lambda cannot be derived "
+                "from it; give a number with --lambda"
+            )
+        return nominal_resolution(self.frequency, self.fsc)
+
+
+def is_request(path: str) -> bool:
+    """Tell whether a file is a request, without judging it."""
+    try:
+        return _GENERAL in read_star(path).blocks()
+    except InputError:
+        return False
+
+
+def read_request(star: Star, *, angpix: float | None = None) -> Request:
+    """Interpret RELION's request (3.1, 4 or 5).
+
+    Parameters
+    ----------
+    star : Star
+    angpix : float, optional
+        Pixel size in angstrom; else the request's (RELION 4 and 5), else that of the run's latest
+        ``_model.star`` beside it.
+
+    Raises
+    ------
+    InputError
+        An item is missing or out of range, or the pixel size cannot be found.
+    """
+    name = star.name
+
+    def path(label: str) -> Path:
+        return Path(star.text(_GENERAL, label))
+
+    dimension = int(star.number(_GENERAL, "rlnReferenceDimensionality"))
+    if dimension != 3:
+        raise InputError(f"{name}: a reconstruction in {dimension}D (Class2D?), expected 3D; the prior is for maps")
+    ori = int(star.number(_GENERAL, "rlnOriginalImageSize"))
+    if ori % 2 or ori < 4:
+        raise InputError(
+            f"{name}: box {ori}, expected an even number: RELION itself refines in even boxes only, and an odd one has "
+            "its centre elsewhere; re-extract the particles in an even box"
+        )
+    pad = star.number(_GENERAL, "rlnPaddingFactor")
+    if not 1 <= pad <= 8:
+        raise InputError(f"{name}: padding factor {pad:g}, expected 1 to 8 (RELION uses 1 or 2)")
+    fudge = star.number(_GENERAL, "rlnTau2FudgeFactor")
+    if not fudge > 0:
+        raise InputError(f"{name}: _rlnTau2FudgeFactor {fudge:g}, expected a positive number")
+    current = int(star.number(_GENERAL, "rlnCurrentImageSize"))
+    if not 2 <= current <= ori:
+        raise InputError(f"{name}: current image size {current}, expected 2 to the box of {ori}")
+    tau2, fsc = _tables(star, ori)
+    result_star = star.find_text(_GENERAL, "rlnExtReconsResultStarfile")
+    return Request(
+        star=Path(name),
+        data_real=path("rlnExtReconsDataReal"),
+        data_imag=path("rlnExtReconsDataImag"),
+        weight=path("rlnExtReconsWeight"),
+        result=path("rlnExtReconsResult"),
+        result_star=None if result_star is None else Path(result_star),
+        tau2_fudge=fudge,
+        pad=pad,
+        ori=ori,
+        r_max=current // 2,
+        tau2=tau2,
+        fsc=fsc,
+        pixel_size=_pixel_size(star, ori, angpix),
+    )
+
+
+def _tables(star: Star, ori: int) -> tuple[Shells, Shells]:
+    name = star.name
+    if not star.has_column(_TAU2, "rlnReferenceTau2"):
+        raise InputError(
+            f"{name}: no table of tau2, so a MAP reconstruction is impossible and lambda has no FSC "
+            "(relion_reconstruct writes such requests); the hook is for relion_refine --external_reconstruct"
+        )
+    columns = [star.numbers(_TAU2, label) for label in ("rlnSpectralIndex", "rlnReferenceTau2", "rlnGoldStandardFsc")]
+    index, tau2, fsc = columns
+    if len(index) != ori // 2 + 1 or (index != np.arange(len(index))).any():
+        raise InputError(
+            f"{name}: {len(index)} shells of tau2 and FSC, expected {ori // 2 + 1} in order for a box of {ori}"
+        )
+    for label, column in (("rlnReferenceTau2", tau2), ("rlnGoldStandardFsc", fsc)):
+        bad = np.flatnonzero(~np.isfinite(column))
+        if bad.size:
+            raise InputError(f"{name}: _{label} is {column[bad[0]]} in shell {bad[0]}, expected a number")
+    if (tau2 < 0).any():
+        shell = int(np.argmax(tau2 < 0))
+        raise InputError(f"{name}: _rlnReferenceTau2 is {tau2[shell]:g} in shell {shell}, expected 0 or more")
+    return tau2, fsc
+
+
+def _pixel_size(star: Star, ori: int, angpix: float | None) -> float:
+    if angpix:
+        return angpix
+    text = star.find_text(_GENERAL, "rlnPixelSize")
+    if text is not None:
+        size = star.number(_GENERAL, "rlnPixelSize")
+        if size > 0:
+            return size
+        raise InputError(f"{star.name}: _rlnPixelSize is {text}, expected angstroms; give it with --angpix")
+    for path in _model_stars(Path(star.name)):
+        try:
+            model = read_star(path)
+            size = model.number("model_general", "rlnPixelSize")
+            same_box = int(model.number("model_general", "rlnOriginalImageSize")) == ori
+        except InputError:
+            continue
+        if size > 0 and same_box:
+            return size
+    raise InputError(
+        f"{star.name}: holds no pixel size (RELION 3.1 writes none), and there is no _model.star of this run with a "
+        f"box of {ori} beside it; give it with --angpix"
+    )
+
+
+def _model_stars(request: Path) -> Iterator[Path]:
+    """Yield the ``_model.star`` files beside a request: its own run's first, the latest iteration first."""
+    match = _ROOT.match(str(request.with_suffix("").name).removesuffix(_ENDING))
+    run = match.group("run") if match else None
+
+    def order(path: Path) -> tuple[bool, int]:
+        found = _ITERATION.search(path.name)
+        return (run is not None and path.name.startswith(f"{run}_it"), int(found.group(1)) if found else -1)
+
+    yield from sorted(request.parent.glob("*_model.star"), key=order, reverse=True)
