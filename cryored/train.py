@@ -153,7 +153,8 @@ def train_network(
     """Run the steps from `first_step` on; `on_step(step, loss)` is called after each."""
     for step, (inputs, errors, weights) in _prefetched(store, recipe, first_step):
         network.optimizer.learning_rate.assign(learning_rate(recipe, step))
-        loss = network.train_on_batch(inputs, errors, sample_weight=weights)
+        # One weight a patch, shaped to broadcast alike in all back-ends.
+        loss = network.train_on_batch(inputs, errors, sample_weight=weights[:, None, None, None])
         on_step(step + 1, float(np.asarray(loss).ravel()[0]))
 
 
