@@ -25,6 +25,7 @@ from cryored.volume import squared_distance
 _SLAB = 1 << 18  # elements worked on at a time: a few arrays of it fit a core's cache
 _MASK_EDGE = 3.0  # voxels, RELION's soft edge of the sphere
 _FLOOR = 1e-3  # fraction of a shell's mean weight below which no weight falls
+_LEAST = 1e-30  # least pad**3 * tau2_fudge * tau2: no data outweigh its inverse, which float32 still holds
 
 Array = npt.NDArray[np.float32]
 Shells = npt.NDArray[np.float64]
@@ -80,9 +81,9 @@ class Denoised:
 
 
 def inverse_prior(tau2: Shells, tau2_fudge: float, pad: float) -> Shells:
-    """Return 1 / (pad**3 * tau2_fudge * tau2) of each shell, and 0 where tau2 is 0."""
+    """Return 1 / (pad**3 * tau2_fudge * tau2) of each shell, at most 1e30, and 0 where tau2 is 0."""
     scaled = pad**3 * tau2_fudge * np.asarray(tau2, dtype=np.float64)
-    return np.divide(1.0, scaled, out=np.zeros_like(scaled), where=scaled > 0)
+    return np.divide(1.0, np.maximum(scaled, _LEAST), out=np.zeros_like(scaled), where=scaled > 0)
 
 
 def check_accumulators(sums: Accumulators, names: tuple[str, str, str], threads: int | None = None) -> None:
@@ -256,7 +257,9 @@ def _quotient_columns(
             quotient.real = _pick(sums.real, kz, row, len(kx))
             quotient.imag = _pick(sums.imag, kz, row, len(kx))
             quotient += np.take(tables.pull, k2) * prior
-            quotient /= denominator
+            # Part by part: a complex division rounds otherwise, and strength 0 is to be the MAP map to the bit.
+            quotient.real /= denominator
+            quotient.imag /= denominator
             if tables.limit is not None:
                 limit = np.take(tables.limit, k2)
                 np.copyto(quotient, limit * prior, where=limit > 0)
