@@ -26,9 +26,10 @@ import numpy as np
 ROOT = "run_it001_half1_class001_external_reconstruct"
 OURS = """
 import json, resource, sys, time
+from cryored.models import DEFAULT_MODEL
 from cryored.red_update import Settings, red_update_file
 begin = time.perf_counter()
-red_update_file(sys.argv[1], Settings(lam=0.0), model="starter")
+red_update_file(sys.argv[1], Settings(lam=0.0), model=DEFAULT_MODEL)
 seconds = time.perf_counter() - begin
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """

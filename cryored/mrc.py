@@ -27,6 +27,7 @@ from cryored.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+_MODES = (0, 1, 2, 3, 4, 6, 12, 101)
 _COMPLEX_MODES = (3, 4)
 _HEADER_BYTES = 1024
 _ISOTROPY = 1e-3  # relative difference of voxel edges below which they are called equal
@@ -173,6 +174,7 @@ def _open(path: str | os.PathLike[str]) -> BinaryIO:
 
 def _parse(stream: BinaryIO, name: str) -> tuple[Any, npt.NDArray[Any], bool]:
     """Return header, data and whether bytes are left over."""
+    _check_header(stream, name)
     try:
         mrc = MrcInterpreter(iostream=stream, permissive=True)
     except ValueError as error:
@@ -186,6 +188,17 @@ def _parse(stream: BinaryIO, name: str) -> tuple[Any, npt.NDArray[Any], bool]:
     if data is None or data.size == 0:
         raise InputError(f"{name}: shorter than its header says, or no MRC file at all")
     return header, data, bool(stream.read(1))
+
+
+def _check_header(stream: BinaryIO, name: str) -> None:
+    """Refuse what is no MRC file before mrcfile makes room for the gigabytes that its first bytes ask for."""
+    header = stream.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES:
+        raise InputError(f"{name}: {len(header)} bytes, shorter than the header of an MRC file")
+    modes = [int.from_bytes(header[12:16], order) for order in ("little", "big")]  # type: ignore[arg-type]
+    if not set(modes) & set(_MODES):
+        raise InputError(f"{name}: no MRC file (its mode would be {modes[0]}), expected a map")
+    stream.seek(0)
 
 
 def _check_is_map(header: Any, data: npt.NDArray[Any], name: str) -> None:
@@ -222,7 +235,15 @@ def _axis_order(header: Any, name: str) -> list[int]:
 
 
 def _fill(mrc: Any, volume: Volume, label: str, float16: bool) -> None:
-    mrc.set_data(volume.data.astype(np.float16 if float16 else np.float32, copy=False))
+    if float16:
+        with np.errstate(over="ignore"):
+            data = volume.data.astype(np.float16)
+        if not np.isfinite(data.min() + data.max()):
+            largest = float(np.abs(volume.data).max())
+            raise ValueError(f"values up to {largest:g}, but float16 ends at 65504; write float32 or scale the map")
+        mrc.set_data(data)
+    else:
+        mrc.set_data(volume.data.astype(np.float32, copy=False))
     mrc.voxel_size = volume.voxel_size  # after the data: mrcfile needs the shape
     mrc.header.origin = volume.origin
     mrc.header.nxstart, mrc.header.nystart, mrc.header.nzstart = volume.nstart

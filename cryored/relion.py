@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,10 +130,10 @@ def read_request(star: Star, *, angpix: float | None = None) -> Request:
     def path(label: str) -> Path:
         return Path(star.text(_GENERAL, label))
 
-    dimension = int(star.number(_GENERAL, "rlnReferenceDimensionality"))
+    dimension = _whole_number(star, "rlnReferenceDimensionality")
     if dimension != 3:
         raise InputError(f"{name}: a reconstruction in {dimension}D (Class2D?), expected 3D; the prior is for maps")
-    ori = int(star.number(_GENERAL, "rlnOriginalImageSize"))
+    ori = _whole_number(star, "rlnOriginalImageSize")
     if ori % 2 or ori < 4:
         raise InputError(
             f"{name}: box {ori}, expected an even number: RELION itself refines in even boxes only, and an odd one has "
@@ -142,9 +143,9 @@ def read_request(star: Star, *, angpix: float | None = None) -> Request:
     if not 1 <= pad <= 8:
         raise InputError(f"{name}: padding factor {pad:g}, expected 1 to 8 (RELION uses 1 or 2)")
     fudge = star.number(_GENERAL, "rlnTau2FudgeFactor")
-    if not fudge > 0:
+    if not 0 < fudge < math.inf:
         raise InputError(f"{name}: _rlnTau2FudgeFactor {fudge:g}, expected a positive number")
-    current = int(star.number(_GENERAL, "rlnCurrentImageSize"))
+    current = _whole_number(star, "rlnCurrentImageSize")
     if not 2 <= current <= ori:
         raise InputError(f"{name}: current image size {current}, expected 2 to the box of {ori}")
     tau2, fsc = _tables(star, ori)
@@ -164,6 +165,13 @@ def read_request(star: Star, *, angpix: float | None = None) -> Request:
         fsc=fsc,
         pixel_size=_pixel_size(star, ori, angpix),
     )
+
+
+def _whole_number(star: Star, label: str) -> int:
+    number = star.number(_GENERAL, label)
+    if not number.is_integer():  # nor are nan and infinity
+        raise InputError(f"{star.name}: _{label} is '{star.text(_GENERAL, label)}', expected a whole number")
+    return int(number)
 
 
 def _tables(star: Star, ori: int) -> tuple[Shells, Shells]:
@@ -195,17 +203,17 @@ def _pixel_size(star: Star, ori: int, angpix: float | None) -> float:
     text = star.find_text(_GENERAL, "rlnPixelSize")
     if text is not None:
         size = star.number(_GENERAL, "rlnPixelSize")
-        if size > 0:
+        if 0 < size < math.inf:
             return size
         raise InputError(f"{star.name}: _rlnPixelSize is {text}, expected angstroms; give it with --angpix")
     for path in _model_stars(Path(star.name)):
         try:
             model = read_star(path)
             size = model.number("model_general", "rlnPixelSize")
-            same_box = int(model.number("model_general", "rlnOriginalImageSize")) == ori
+            same_box = model.number("model_general", "rlnOriginalImageSize") == ori
         except InputError:
             continue
-        if size > 0 and same_box:
+        if 0 < size < math.inf and same_box:
             return size
     raise InputError(
         f"{star.name}: holds no pixel size (RELION 3.1 writes none), and there is no _model.star of this run with a "

@@ -231,13 +231,13 @@ def _quotient_columns(
     """Divide, and transform along z; return the map's z window: (ori, rows kept, columns kept) complex64."""
     n, ori = sums.n, sums.ori
     kz, rows, kx = _kept(n, tables.reach)
-    z2 = frequencies(n)[kz]
+    z = frequencies(n)[kz]
     result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64)
     last = len(tables.prior) - 1
 
     def divide(part: slice) -> None:
         row = rows[part]
-        k2 = np.minimum(_k2(z2, frequencies(n)[row], kx), last)
+        k2 = np.minimum(_k2(z, frequencies(n)[row], kx), last)
         weight = _pick(sums.weight, kz, row, len(kx))
         if tables.empty is None:
             denominator = weight + np.take(tables.prior, k2)

