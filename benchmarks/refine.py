@@ -114,6 +114,8 @@ def refine(
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
         "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE": hook,
+        # The hook script takes the cryored of the Python that runs this.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     begin = time.monotonic()
     with (target / "run.log").open("w") as log:

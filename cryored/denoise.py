@@ -155,7 +155,10 @@ class Denoiser:
         sampled = to_grid(volume.data, grids, standard.level)  # type: ignore[arg-type]
         # The scale is taken at the model's pixel size, where the network was trained.
         standard = standard_of(sampled, volume.voxel_size * grids[0].padded / grids[0].resampled)
-        error = self._error(standard.apply(sampled)) * np.float32(standard.deviation)
+        if standard.deviation == 0:
+            error = np.zeros_like(sampled)  # all power lies beyond what the network sees
+        else:
+            error = self._error(standard.apply(sampled)) * np.float32(standard.deviation)
         error = from_grid(error, grids)  # type: ignore[arg-type]
         if volume.voxel_size >= card.pixel_size * (1 - SAME_PIXEL):
             return volume.with_data(volume.data - error)

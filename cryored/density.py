@@ -79,7 +79,7 @@ def read_atoms(path: str | os.PathLike[str], chains: tuple[str, ...] = ()) -> At
                 weights.append(atom.element.atomic_number * atom.occ)
                 masses.append(atom.element.weight)
     if not sum(weights) > 0:
-        raise InputError(f"{name}: no atoms left after dropping waters and hydrogens")
+        raise InputError(f"{name}: no atoms (waters and hydrogens do not count), expected PDB or mmCIF coordinates")
     coordinates = np.array(positions)
     centre = np.average(coordinates, axis=0, weights=masses)
     return Atoms(coordinates - centre, np.array(weights))

@@ -87,11 +87,10 @@ def source_resolution(path: str, angpix: float | None = None) -> float:
     from cryored.fsc import nominal_resolution
     from cryored.fsc_table import read_fsc_table
     from cryored.output import is_stream
-    from cryored.relion import is_request, read_request
-    from cryored.star import read_star
+    from cryored.relion import is_request, read_request_file
 
     if not is_stream(path) and is_request(path):
-        return read_request(read_star(path), angpix=angpix).nominal_resolution()
+        return read_request_file(path, angpix=angpix).nominal_resolution()
     curve = read_fsc_table(path)
     return nominal_resolution(curve.frequency, curve.fsc)
 

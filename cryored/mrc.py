@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _MODES = (0, 1, 2, 3, 4, 6, 12, 101)
 _COMPLEX_MODES = (3, 4)
 _HEADER_BYTES = 1024
+_FLOAT16_MAX = 65504.0
 _ISOTROPY = 1e-3  # relative difference of voxel edges below which they are called equal
 
 
@@ -129,8 +130,18 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
         Written as mode 2, or mode 12 with `float16`; axis order x fastest; space group 1.
     label : str
         Command and key numbers for the header; the version is added.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    InputError
+        Values too large for `float16`.
     """
     text = f"cryored {__version__} {label}"[:79]
+    largest = float(np.abs(volume.data).max()) if float16 else 0.0
+    if largest > _FLOAT16_MAX:
+        raise InputError(f"{os.fspath(path)}: values up to {largest:g}, but float16 ends at 65504; write float32")
     if is_stream(path):
         stdout_bytes().write(_encode(volume, text, float16))
         sys.stdout.flush()
@@ -195,7 +206,7 @@ def _check_header(stream: BinaryIO, name: str) -> None:
     header = stream.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES:
         raise InputError(f"{name}: {len(header)} bytes, shorter than the header of an MRC file")
-    modes = [int.from_bytes(header[12:16], order) for order in ("little", "big")]  # type: ignore[arg-type]
+    modes = [int.from_bytes(header[12:16], order) for order in ("little", "big")]
     if not set(modes) & set(_MODES):
         raise InputError(f"{name}: no MRC file (its mode would be {modes[0]}), expected a map")
     stream.seek(0)
@@ -235,15 +246,7 @@ def _axis_order(header: Any, name: str) -> list[int]:
 
 
 def _fill(mrc: Any, volume: Volume, label: str, float16: bool) -> None:
-    if float16:
-        with np.errstate(over="ignore"):
-            data = volume.data.astype(np.float16)
-        if not np.isfinite(data.min() + data.max()):
-            largest = float(np.abs(volume.data).max())
-            raise ValueError(f"values up to {largest:g}, but float16 ends at 65504; write float32 or scale the map")
-        mrc.set_data(data)
-    else:
-        mrc.set_data(volume.data.astype(np.float32, copy=False))
+    mrc.set_data(volume.data.astype(np.float16 if float16 else np.float32, copy=False))
     mrc.voxel_size = volume.voxel_size  # after the data: mrcfile needs the shape
     mrc.header.origin = volume.origin
     mrc.header.nxstart, mrc.header.nystart, mrc.header.nzstart = volume.nstart

@@ -83,6 +83,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file whole, or print it for ``-``."""
     if is_stream(path):
         sys.stdout.write(text)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the interpreter's exit
         return
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -310,7 +311,9 @@ def simulate_pairs_files(
         float16=float16,
     )
     rows: list[PairRow] = []
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    # Control-C reaches the whole group of processes: it is for this one to stop the others.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("spawn").Pool(jobs, signal.signal, ignore) as pool:
         for done, made in enumerate(pool.imap(work, structures), 1):
             rows += made
             progress(done, len(structures))
@@ -327,7 +330,8 @@ def _structure_pairs(
     name = Path(path).name.split(".")[0]
     label = f"gaussian {name} seed {seed} number {number} box {box} angpix {angpix:g} resolution {resolution:g}"
     table = folder / f".{name}.star"
-    if table.exists() and read_star(table).find_text("made", "by") == label:
+    made_by = f"{label} float16" if float16 else label
+    if table.exists() and read_star(table).find_text("made", "by") == made_by:
         return read_pairs(table)
     atoms = read_atoms(path)
     check_fits(atoms, box, angpix, path)
@@ -342,5 +346,5 @@ def _structure_pairs(
             write_volume(noisy, Volume(pair.noisy, angpix), label=f"simulate pairs {label}", float16=float16)
             write_volume(target, Volume(pair.target, angpix), label=f"simulate pairs {label}", float16=float16)
             rows.append(PairRow(noisy, target, name, half, pair.resolution, pair.fsc, "gaussian", seed))
-    write_pairs(table, rows, made_by=label)
+    write_pairs(table, rows, made_by=made_by)
     return rows

@@ -21,8 +21,7 @@ from cryored.lambda_schedule import Schedule
 from cryored.models import Model, check_weights, find_model
 from cryored.mrc import read_array, read_volume, write_volume
 from cryored.output import check_target
-from cryored.relion import Request, read_request
-from cryored.star import read_star
+from cryored.relion import Request, read_request_file
 from cryored.update import Accumulators, Array, Denoised, check_accumulators, inverse_prior, reconstruct
 from cryored.volume import Volume
 
@@ -201,7 +200,7 @@ def red_update_file(
     begin = time.monotonic()
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
-        request = read_request(read_star(job), angpix=angpix)
+        request = read_request_file(job, angpix=angpix)
         target = output if output is not None else str(request.result)
         check_target(target, overwrite or output is None)
         if unregularised is not None:

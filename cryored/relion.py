@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from cryored.errors import InputError
 from cryored.fourier import padded_size
 from cryored.fsc import nominal_resolution
+from cryored.output import is_stream
 from cryored.star import Star, read_star
 
 _GENERAL = "external_reconstruct_general"
@@ -108,6 +110,15 @@ def is_request(path: str) -> bool:
         return _GENERAL in read_star(path).blocks()
     except InputError:
         return False
+
+
+def read_request_file(path: str, *, angpix: float | None = None) -> Request:
+    """Read a request from a file, or for ``-`` from a pipe: it is then taken as lying where its result goes."""
+    star = read_star(path)
+    if is_stream(path):
+        result = Path(star.text(_GENERAL, "rlnExtReconsResult"))
+        star = dataclasses.replace(star, name=str(result.with_suffix(".star")))
+    return read_request(star, angpix=angpix)
 
 
 def read_request(star: Star, *, angpix: float | None = None) -> Request:

@@ -145,5 +145,10 @@ def _format(value: object) -> str:
         return f"{int(value):6d}"
     text = str(value)
     # gemmi would quote more than needs it, and RELION quotes nothing.
-    plain = bool(text) and not any(c.isspace() for c in text) and text[0] not in "_#$'\"[];"
-    return text if plain and not text.lower().startswith(_RESERVED) else str(cif.quote(text))
+    # Bare "." and "?" mean no value.
+    plain = text not in ("", ".", "?") and not any(c.isspace() for c in text) and text[0] not in "_#$'\"[];"
+    if plain and not text.lower().startswith(_RESERVED):
+        return text
+    quoted = str(cif.quote(text))
+    # A text with both kinds of quotes becomes a field between semicolons, which must begin lines.
+    return f"\n{quoted}" if quoted.startswith(";") else quoted

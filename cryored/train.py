@@ -78,6 +78,7 @@ class PairStore:
         self.rows = rows
         self.input = input
         self._kept: dict[int, tuple[Half, Half, float]] = {}
+        self._voxel_size = 0.0
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -90,6 +91,7 @@ class PairStore:
         """
         if index not in self._kept:
             noisy, target = read_pair(self.rows[index])
+            self._check_voxel_size(noisy, index)
             wiener = weighted(noisy, self.rows[index])
             volume = wiener if self.input == "regularised" else noisy
             standard = standard_of(volume.data, volume.voxel_size)
@@ -101,6 +103,15 @@ class PairStore:
                 1 / max(mean_square, 1e-8),
             )
         return self._kept[index]
+
+    def _check_voxel_size(self, noisy: Volume, index: int) -> None:
+        if self._voxel_size == 0:
+            self._voxel_size = read_pair(self.rows[0])[0].voxel_size
+        if noisy.voxel_size != self._voxel_size:
+            raise InputError(
+                f"{self.rows[index].noisy}: pixel size {noisy.voxel_size:g} A, expected {self._voxel_size:g} A as in "
+                f"{self.rows[0].noisy}; train on pairs of one pixel size"
+            )
 
 
 def read_pair(row: PairRow) -> tuple[Volume, Volume]:
@@ -125,7 +136,10 @@ def draw_batch(store: PairStore, recipe: Recipe, step: int) -> tuple[Array, Arra
     rotations = cube_rotations()
     inputs, errors, weights = [], [], []
     for _ in range(recipe.batch_size):
-        source, error, weight = store[int(rng.integers(len(store)))]
+        index = int(rng.integers(len(store)))
+        source, error, weight = store[index]
+        if min(source.shape) < recipe.patch:
+            raise InputError(f"{store.rows[index].noisy}: a box of {min(source.shape)}, below --patch {recipe.patch}")
         corner = [int(rng.integers(n - recipe.patch + 1)) for n in source.shape]
         place = tuple(slice(start, start + recipe.patch) for start in corner)
         rotation = rotations[int(rng.integers(len(rotations)))]
@@ -251,14 +265,13 @@ def train_files(
             f"patch {recipe.patch}, expected a multiple of {2**recipe.depth} (2**depth) up to the box of "
             f"{min(first.shape)}; change --patch or --depth"
         )
-    if (target / "card.json").exists() and not (resume or overwrite):
-        raise InputError(f"{target}: holds a model already; add --overwrite to replace it")
+    if (target / "card.json").exists() and not (overwrite or (resume and (target / _STATE).exists())):
+        raise InputError(f"{target}: holds a finished model already; add --overwrite to replace it")
     target.mkdir(parents=True, exist_ok=True)
     device_name = device.set_up(gpu, threads)
-    network, done, seconds = _start(target, recipe, resume)
-    log = _Log(target / _LOG, append=done > 0)
+    network, done, seconds, losses = _start(target, recipe, resume)
+    log = _Log(target / _LOG, done)
     begin = time.monotonic() - seconds
-    losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:
         losses.append(loss)
@@ -267,7 +280,7 @@ def train_files(
         if step % 10 == 0:
             log.write(step, recent, learning_rate(recipe, step))
         if step % checkpoint_every == 0 and step < recipe.steps:
-            _checkpoint(target, network, recipe, step, time.monotonic() - begin)
+            _checkpoint(target, network, recipe, step, time.monotonic() - begin, losses[-50:])
 
     train_network(network, store, recipe, first_step=done, on_step=on_step)
     seconds = time.monotonic() - begin
@@ -311,8 +324,8 @@ def _with_evaluation(card: ModelCard, table: list[dict[str, Any]], rows: Sequenc
     return dataclasses.replace(card, evaluation={"simulated_pairs": table, "structures": structures})
 
 
-def _start(folder: Path, recipe: Recipe, resume: bool) -> tuple[Any, int, float]:
-    """Return a compiled network, the steps it has done and the seconds they took."""
+def _start(folder: Path, recipe: Recipe, resume: bool) -> tuple[Any, int, float, list[float]]:
+    """Return a compiled network, the steps it has done, the seconds they took and the losses of the last 50."""
     import keras
 
     if resume and (folder / _STATE).exists():
@@ -322,18 +335,19 @@ def _start(folder: Path, recipe: Recipe, resume: bool) -> tuple[Any, int, float]
                 f"{folder}: its checkpoint is of another recipe ({state['recipe']}); resume with the same options or "
                 "choose another folder"
             )
-        return keras.saving.load_model(folder / _STATE), int(state["step"]), float(state["seconds"])
+        network = keras.saving.load_model(folder / _STATE)
+        return network, int(state["step"]), float(state["seconds"]), list(state.get("losses", []))
     keras.utils.set_random_seed(recipe.seed)
     network = build_unet(recipe.width, recipe.depth)
     network.compile(optimizer=keras.optimizers.Adam(recipe.learning_rate), loss="mse", jit_compile=False)
-    return network, 0, 0.0
+    return network, 0, 0.0, []
 
 
-def _checkpoint(folder: Path, network: Any, recipe: Recipe, step: int, seconds: float) -> None:
+def _checkpoint(folder: Path, network: Any, recipe: Recipe, step: int, seconds: float, losses: list[float]) -> None:
     partial = folder / f".{_STATE}.keras"
     network.save(partial)
     partial.replace(folder / _STATE)
-    state = {"step": step, "seconds": seconds, "recipe": _as_text(recipe)}
+    state = {"step": step, "seconds": seconds, "recipe": _as_text(recipe), "losses": losses}
     write_text(folder / "training.json", json.dumps(state))
 
 
@@ -344,14 +358,16 @@ def _as_text(recipe: Recipe) -> str:
 class _Log:
     """training.csv: step, loss (mean of 50 steps, 1 = the Wiener map's error) and learning rate."""
 
-    def __init__(self, path: Path, append: bool) -> None:
+    def __init__(self, path: Path, done: int) -> None:
+        """Begin a table, or go on after step `done`: what a killed run wrote after its checkpoint comes again."""
         self._path = path
-        if not append:
-            path.write_text("step,loss,learning_rate\n", encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()[1:] if done and path.exists() else []
+        kept = [line for line in lines if int(line.split(",")[0]) <= done]
+        path.write_text("\n".join(["step,loss,learning_rate", *kept]) + "\n", encoding="utf-8")
 
     def write(self, step: int, loss: float, rate: float) -> None:
         with self._path.open("a", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerow([step, f"{loss:.5f}", f"{rate:.3e}"])
+            csv.writer(stream, lineterminator="\n").writerow([step, f"{loss:.5f}", f"{rate:.3e}"])
 
 
 def _prefetched(store: PairStore, recipe: Recipe, first_step: int) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:

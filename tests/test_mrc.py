@@ -32,12 +32,12 @@ REFUSALS = {
     "truncated.mrc": "shorter than its header says",
     "truncated.mrc.gz": "the compressed stream is damaged or ends early",
     "header_only.mrc": "shorter than its header says",
-    "empty.mrc": "no MRC header of 1024 bytes",
-    "text.mrc": "no readable MRC file|shorter than its header says, or no MRC file at all|no MRC header of 1024 bytes",
+    "empty.mrc": "0 bytes, shorter than the header of an MRC file",
+    "text.mrc": r"no MRC file \(its mode would be \d+\), expected a map",
     "nan.mrc": r"1 values are not finite \(NaN or infinity\), the first at z=\d+ y=\d+ x=\d+",
     "inf.mrc": r"\d+ values are not finite \(NaN or infinity\), the first at z=\d+ y=\d+ x=\d+",
     "mode4_complex.mrc": r"MRC mode 4 \(complex\), expected a real map",
-    "image_stack.mrcs": "a stack of images; expected a map",
+    "image_stack.mrcs": "space group 0 with mz 1, a stack of images; expected a map",
     "volume_stack.mrc": "space group 401, a stack of volumes; expected one map",
     "single_image.mrc": "one 2D image, expected a map",
 }
@@ -190,7 +190,7 @@ def test_float16(tmp_path, ramp):
     again = read_volume(tmp_path / "a.mrc")
     np.testing.assert_allclose(again.data, ramp.data, rtol=2**-11)  # half a unit of an 11 bit mantissa
     assert (tmp_path / "a.mrc").stat().st_size == 1024 + 2 * ramp.data.size
-    with pytest.raises(InputError, match="b.mrc: values up to 70000, .* float16 ends at 65504"):
+    with pytest.raises(InputError, match="b.mrc: values up to 70000, but float16 ends at 65504"):
         write_volume(tmp_path / "b.mrc", ramp.with_data(ramp.data * 0 + 7e4), label="test", float16=True)
     assert not (tmp_path / "b.mrc").exists()
 

@@ -266,6 +266,14 @@ def test_equation_17_in_awkward_boxes(ori, pad, r_max, extrapolate):
     assert difference(found, slow(sums, tau2, 1.7, denoised, lam, extrapolate)) <= FLOAT32
 
 
+def test_coefficients_without_weight_in_shells_without_tau2():
+    """They stay at the floor, which even weights leave low enough to show what else they would be given."""
+    sums, _ = synthetic(16, 1.5, 7)
+    sums = replace(sums, weight=np.where(sums.weight > 10, np.float32(30), np.float32(0)))
+    tau2 = np.zeros(9)
+    assert difference(reconstruct(sums, prior=tau2), slow(sums, tau2, 1.0)) <= FLOAT32
+
+
 @pytest.mark.parametrize("star", [PAD1, PAD15, PAD2, FIRST], ids=lambda star: star.parents[1].name)
 def test_strength_0_is_the_map_to_the_bit(star):
     request, sums = load(star)
@@ -408,7 +416,7 @@ def test_only_extrapolation_fills_what_the_data_do_not_reach():
     # A sharp cut at shell 8 rings beyond the sphere, which takes up to 3 % of a shell's power off or adds it.
     np.testing.assert_allclose(plain[:7], truth[:7], rtol=0.03)
     assert (plain[9:] < 0.01 * truth[9:]).all()
-    np.testing.assert_allclose(filled, truth, rtol=0.01)
+    np.testing.assert_allclose(filled, truth, rtol=0.03)  # the ball of Nyquist is a sharp cut too
 
 
 def test_grey_scale_follows_the_data():

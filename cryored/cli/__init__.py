@@ -68,6 +68,8 @@ def _message(error: BaseException) -> str:
         return f"not enough memory ({error or 'allocation failed'}); use smaller tiles or fewer threads"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"standard output: {error.strerror}"  # the only stream that has no name
     return str(error)
 
 
@@ -89,12 +91,12 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 1 input or machine at fault, 2 usage, 130 interrupted."""
     try:
-        cli.main(prog_name="cryored", standalone_mode=False)
+        status = cli.main(prog_name="cryored", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("cryored: interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+from click.core import ParameterSource
 
 from cryored.cli import options
 
@@ -26,7 +27,9 @@ from cryored.cli import options
 @options.plot
 @options.overwrite
 @options.common
+@click.pass_context
 def lambda_schedule(
+    ctx: click.Context,
     source: str | None,
     resolution: float | None,
     low: float,
@@ -48,10 +51,15 @@ def lambda_schedule(
     """
     if (source is None) == (resolution is None):
         raise click.UsageError("give either a table or --resolution")
+    ends = [ctx.get_parameter_source(name) for name in ("low", "high")]
+    if schedule is not None and ends != [ParameterSource.DEFAULT] * 2:
+        raise click.UsageError("--schedule stands for --low and --high: give one or the other")
 
     from cryored import lambda_schedule as tool
-    from cryored.output import check_target
+    from cryored.output import check_target, is_stream
 
+    if plot is not None and is_stream(plot):
+        raise click.UsageError("--plot needs the name of a file.")
     if plot is not None:
         check_target(plot, overwrite)
     chosen = tool.linear_schedule(low, high) if schedule is None else tool.read_schedule(schedule)

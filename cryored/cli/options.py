@@ -13,7 +13,7 @@ from cryored.models import DEFAULT_MODEL
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Paths stay strings: "-" is a stream, and the tools report missing files in their own words.
-PATH = click.Path()
+PATH = click.Path(readable=False)
 
 
 def verbosity(ctx: click.Context) -> int:

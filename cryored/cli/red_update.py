@@ -29,6 +29,7 @@ class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--lambda",
     "lam",
     type=_Lambda(),
+    envvar="CRYORED_RED_UPDATE_LAMBDA",  # click would make it of the name "lam"
     default="auto",
     show_default=True,
     help="Weight of the prior: 0 is RELION's own MAP map; auto follows the FSC of the request.",
@@ -88,6 +89,13 @@ def red_update(
       cryored red-update JOB.star --denoised denoised.mrc -o result.mrc
     """
     import json
+
+    from cryored.output import is_stream
+
+    if output is not None and unregularised is not None and is_stream(output) and is_stream(unregularised):
+        raise click.UsageError("only one of --output and --unregularised can be '-'.")
+    if denoised is not None and is_stream(job) and is_stream(denoised):
+        raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
 
     from cryored.lambda_schedule import Schedule, read_schedule
     from cryored.red_update import Settings, red_update_file

@@ -70,7 +70,7 @@ def simulate_map(
     )
 
 
-@simulate.command("pairs")
+@simulate.command("pairs", short_help="Make training pairs from atomic models.")
 @click.argument("structures", type=options.PATH, nargs=-1, required=True)
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="DIR", help="Folder of the pairs.")
 @click.option(

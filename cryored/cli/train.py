@@ -17,6 +17,7 @@ from cryored.cli import options
 @click.option(
     "--input",
     "input_kind",
+    envvar="CRYORED_TRAIN_INPUT",
     type=click.Choice(["regularised", "unregularised"]),
     default="regularised",
     show_default=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import assume, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -13,14 +13,14 @@ from cryored.resample import fourier_resize, from_grid, plan_axis, to_grid
 from cryored.star import format_star, parse_star
 from cryored.volume import Volume, window
 
-# No deadlines: the clock decides no test. The default example database would be written to the current folder.
-quick = settings(deadline=None, database=None, max_examples=60)
+# No deadlines: the clock decides no test. The same examples each time, and no database in the current folder.
+quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)
 
 edges = st.integers(2, 9)
 lengths = st.integers(1, 9)
-float32 = st.floats(-(2.0**100), 2.0**100, width=32)
-labels = st.from_regex(r"\A[a-zA-Z][a-zA-Z0-9]{0,20}\Z")
-# What file names and comments hold; a STAR file has no words for line breaks inside a loop.
+float32 = st.floats(-(2.0**50), 2.0**50, width=32)  # mrcfile sums squares in float32 for the header's rms
+labels = st.from_regex(r"\A[a-z][a-z0-9]{0,20}\Z")  # STAR does not tell capitals apart
+# What names of files and comments hold; line breaks have no place in RELION's tables.
 texts = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
 
 
@@ -42,6 +42,8 @@ def test_mrc(tmp_path_factory, data, voxel_size, origin, nstart):
 
 
 @quick
+@example({"dot": ".", "unknown": "?", "empty": "", "comment": "#1", "word": "loop_", "list": "[1]", "text": ";"})
+@example({"path": "/maps of '23/a \"b\".mrc", "hole": "a ' b \" c"})
 @given(st.dictionaries(labels, texts | st.integers(-(10**9), 10**9), min_size=1, max_size=5))
 def test_star_lists(items):
     star = parse_star(format_star({"general": items}).encode(), "s")

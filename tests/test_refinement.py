@@ -1,0 +1,74 @@
+"""End to end: RELION refines simulated particles with its own update, with lambda 0 and with the prior."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import refine
+
+pytestmark = [
+    pytest.mark.relion,
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("relion_refine_mpi") is None, reason="RELION is not on the PATH"),
+]
+
+STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refinement")
+    data = refine.make_data(str(STRUCTURE), folder, box=48, angpix=2.0, number=300, snr=0.08)
+    for name in ("relion", "map", "cwred"):
+        refine.refine(data, name, refine.VARIANTS[name])
+    return data
+
+
+def records(data, name):
+    """The log of each of a run's requests, by request."""
+    found = {}
+    for star in sorted((data.folder / name).glob("run_it*_external_reconstruct.star")):
+        log = star.with_name(star.name.replace("_external_reconstruct.star", "_cryored.log"))
+        found[star.name] = [json.loads(line) for line in log.read_text().splitlines()]
+    return found
+
+
+def test_lambda_0_is_relions_own_refinement(data):
+    assert refine.iterations(data, "map") == refine.iterations(data, "relion")
+    for ours, theirs in zip(refine.half_maps(data, "map"), refine.half_maps(data, "relion"), strict=True):
+        # Each iteration's map differs by float32 rounding (2e-7); through ten iterations of alignment, whose
+        # probabilities follow the map smoothly, that stays far below any effect of noise.
+        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("name", ["map", "cwred"])
+def test_every_request_is_logged_once(data, name):
+    logs = records(data, name)
+    # Two halves an iteration, and the joined last one.
+    assert len(logs) == 2 * (refine.iterations(data, name) - 1) + 1
+    for request, lines in logs.items():
+        assert len(lines) == 1, request
+        (record,) = lines
+        assert record["request"].endswith(request)
+        assert record["model_sha256"]
+        assert record["seconds"]["total"] > 0
+        assert 0.5 < record["power_ratio"] < 1.5
+        assert (record["lambda"] == 0) == (record["device"] == "CPU, no network")
+        if name == "map":
+            assert record["lambda"] == 0
+
+
+def test_the_prior_was_at_work(data):
+    lambdas = [line["lambda"] for lines in records(data, "cwred").values() for line in lines]
+    assert max(lambdas) > 0.1
+    for lines in records(data, "cwred").values():
+        resolution = lines[0]["nominal_resolution"]
+        expected = np.clip((10 - resolution) / 5.5, 0, 1)
+        assert lines[0]["lambda"] == pytest.approx(expected, abs=1e-3)  # as printed, three decimals of angstrom
+
+
+def test_cwred_is_at_least_as_near_to_the_truth_as_map(data):
+    plain, prior = refine.judge(data, ["map", "cwred"])
+    assert prior["mean_truth_fsc"] >= plain["mean_truth_fsc"]
