@@ -55,6 +55,14 @@ def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
     return f"GPU {tf.config.experimental.get_device_details(gpus[0]).get('device_name', '')}".strip()
 
 
+def set_seed(seed: int) -> None:
+    """Seed what the network draws at random. Keras imports TensorFlow for that, if it is there, for any back-end."""
+    with _hushed():
+        import keras
+
+        keras.utils.set_random_seed(seed)
+
+
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Keep TensorFlow's start-up notes, which it writes past Python, from standard error; show them if it fails."""

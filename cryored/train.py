@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import platform
@@ -243,7 +244,7 @@ def train_files(
     validation : str, optional
         pairs.star of structures that are not trained on; judged at the end for the card.
     resume : bool
-        Go on from the folder's checkpoint: same recipe, same curve.
+        Go on from the folder's checkpoint: same recipe, same curve; `steps` alone may differ.
     command : str
         For the card.
 
@@ -318,8 +319,6 @@ def train_files(
 
 
 def _with_evaluation(card: ModelCard, table: list[dict[str, Any]], rows: Sequence[PairRow]) -> ModelCard:
-    import dataclasses
-
     structures = sorted({row.structure for row in rows})
     return dataclasses.replace(card, evaluation={"simulated_pairs": table, "structures": structures})
 
@@ -330,6 +329,7 @@ def _start(folder: Path, recipe: Recipe, resume: bool) -> tuple[Any, int, float,
 
     if resume and (folder / _STATE).exists():
         state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        # Another number of steps is allowed: the learning rate goes on along the new, longer or shorter cosine.
         if state["recipe"] != _as_text(recipe):
             raise ModelError(
                 f"{folder}: its checkpoint is of another recipe ({state['recipe']}); resume with the same options or "
@@ -337,7 +337,7 @@ def _start(folder: Path, recipe: Recipe, resume: bool) -> tuple[Any, int, float,
             )
         network = keras.saving.load_model(folder / _STATE)
         return network, int(state["step"]), float(state["seconds"]), list(state.get("losses", []))
-    keras.utils.set_random_seed(recipe.seed)
+    device.set_seed(recipe.seed)
     network = build_unet(recipe.width, recipe.depth)
     network.compile(optimizer=keras.optimizers.Adam(recipe.learning_rate), loss="mse", jit_compile=False)
     return network, 0, 0.0, []
@@ -352,7 +352,9 @@ def _checkpoint(folder: Path, network: Any, recipe: Recipe, step: int, seconds: 
 
 
 def _as_text(recipe: Recipe) -> str:
-    return str(recipe)
+    items = dataclasses.asdict(recipe)
+    del items["steps"]
+    return ", ".join(f"{name}={value}" for name, value in items.items())
 
 
 class _Log:

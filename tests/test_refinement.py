@@ -38,9 +38,9 @@ def records(data, name):
 def test_lambda_0_is_relions_own_refinement(data):
     assert refine.iterations(data, "map") == refine.iterations(data, "relion")
     for ours, theirs in zip(refine.half_maps(data, "map"), refine.half_maps(data, "relion"), strict=True):
-        # Each iteration's map differs by float32 rounding (2e-7); through ten iterations of alignment, whose
-        # probabilities follow the map smoothly, that stays far below any effect of noise.
-        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+            # Each iteration's map differs by float32 rounding (2e-7). Alignment follows the map smoothly, so that the
+        # final maps differ by little more: 3e-7 measured.
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("name", ["map", "cwred"])

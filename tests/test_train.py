@@ -133,14 +133,16 @@ def test_the_learning_rate_rises_and_falls():
 # A run
 
 
-def test_the_loss_falls(tables, tmp_path):
-    """The error is what lies outside of a third of the smooth map; loss 1 is that of the Wiener map."""
+def test_the_loss_falls(tmp_path):
+    """All of the map is error: the network has to hand on its input. It starts with the loss of the Wiener map."""
+    table = write_tables(tmp_path, "nothing.star", ["a"], share=0.0)
     losses = []
-    recipe = replace(TINY, steps=150, batch_size=8)
-    train(tables, tmp_path / "prior", recipe, progress=lambda done, total, note: losses.append(float(note.split()[1])))
-    assert len(losses) == 150
-    assert losses[0] == pytest.approx(1, abs=0.4)  # 8 patches of a map whose mean is 1
-    assert losses[-1] < 0.5 * losses[0]
+    recipe = Recipe(width=4, depth=1, patch=BOX, batch_size=1, steps=100, learning_rate=5e-2)
+    train([table], tmp_path / "prior", recipe, progress=lambda done, total, note: losses.append(float(note.split()[1])))
+    assert len(losses) == 100
+    assert losses[0] == pytest.approx(1, rel=0.01)  # pairs are kept as float16
+    assert losses[-1] < losses[49] < 0.7  # means of 50 steps
+    assert losses[-1] < 0.4
 
 
 def test_an_untrained_network_changes_nothing(tables, tmp_path):
@@ -186,6 +188,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(tables, tmp_path):
         train(tables, tmp_path, checkpoint_every=2, progress=killed_at(3))
     with pytest.raises(ModelError, match=r"its checkpoint is of another recipe \(.*width=2.*\); resume with the same"):
         train(tables, tmp_path, replace(TINY, width=1), resume=True)
+    steps = []  # their number alone may be another
+    train(tables, tmp_path, replace(TINY, steps=4), resume=True, progress=lambda done, *_: steps.append(done))
+    assert steps == [3, 4]
 
 
 def test_resuming_without_a_checkpoint_begins_anew(tables, tmp_path):
@@ -278,7 +283,7 @@ def test_patches_that_do_not_fit(tables, tmp_path, changes, message):
 
 def test_tables_of_other_pixel_sizes_or_smaller_boxes(tables, tmp_path):
     coarse = write_tables(tmp_path, "coarse.star", ["x", "y"], angpix=4.0)
-    with pytest.raises(InputError, match=r"noisy.mrc: pixel size [34] A, expected [34] A as in .*; train on pairs of one"):
+    with pytest.raises(InputError, match="noisy.mrc: pixel size 4 A, expected 3 A as in .*; train on pairs of one"):
         train_files([tables[0], coarse], str(tmp_path / "a"), replace(TINY, batch_size=16), gpu=False)
     small = write_tables(tmp_path, "small.star", ["v", "w"], box=10)
     with pytest.raises(InputError, match="noisy.mrc: a box of 10, below --patch 16"):
@@ -300,7 +305,7 @@ def test_a_gpu_that_is_not_there(tables, tmp_path):
 
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("there is a GPU")
-    with pytest.raises(ModelError, match="no GPU is visible to TensorFlow, and --gpu insists on one; .* leave --gpu out"):
+    with pytest.raises(ModelError, match="no GPU is visible to TensorFlow, and --gpu insists on one; .* leave"):
         train_files([tables[0]], str(tmp_path / "prior"), TINY, gpu=True)
 
 

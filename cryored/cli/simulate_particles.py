@@ -34,7 +34,12 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
 )
 @click.option("--scale", type=float, help="Multiply the map by this instead; the noise has variance 1.")
 @click.option(
-    "--ctf/--no-ctf", "apply_ctf", envvar="CRYORED_SIMULATE_PARTICLES_CTF", default=True, show_default=True, help="Apply a contrast transfer function."
+    "--ctf/--no-ctf",
+    "apply_ctf",
+    envvar="CRYORED_SIMULATE_PARTICLES_CTF",
+    default=True,
+    show_default=True,
+    help="Apply a contrast transfer function.",
 )
 @click.option(
     "--defocus",

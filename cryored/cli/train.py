@@ -35,7 +35,7 @@ from cryored.cli import options
     show_default=True,
     help="Of Adam, at the start; it falls along a cosine.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; --steps may differ.")
 @options.device
 @options.threads
 @options.seed
