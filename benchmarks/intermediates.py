@@ -14,7 +14,9 @@ Refinements that are in DIR already are not run again. Prints a row a map, then 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,10 +98,13 @@ def judge_run(data: Data, run: str, denoiser: object) -> Iterator[dict[str, obje
 @click.option("--snr", default="0.15,0.06,0.02", show_default=True, help="One for each structure, in turn.")
 @click.option("--number", default=600, show_default=True, help="Particles.")
 @click.option("--box", default=96, show_default=True)
-def main(structures: tuple[str, ...], output: Path, model: str, snr: str, number: int, box: int) -> None:
+@click.option("--update-card", is_flag=True, help="Write the summary into the model's card.")
+def main(
+    structures: tuple[str, ...], output: Path, model: str, snr: str, number: int, box: int, update_card: bool
+) -> None:
     """Refine STRUCTURES and judge a model on the intermediates."""
     from cryored.denoise import Denoiser
-    from cryored.models import find_model
+    from cryored.models import find_model, write_card
 
     values = [float(text) for text in snr.split(",")]
     denoiser = Denoiser(find_model(model))
@@ -120,14 +125,44 @@ def main(structures: tuple[str, ...], output: Path, model: str, snr: str, number
                 click.echo("\t".join(row))
             rows.append(row)
             click.echo("\t".join(map(str, row.values())))
-    click.echo("\nresolution_A\tmaps\tmedian_denoised_to_weighted\tworst\tmedian_gain_percent\tworst_gain_percent")
+    table = summary(rows)
+    click.echo("\n" + "\t".join(table[0]))
+    for line in table:
+        click.echo("\t".join(map(str, line.values())))
+    if update_card:
+        card = denoiser.model.card
+        evaluation = card.evaluation | {
+            "real_intermediates": table,
+            "data": ", ".join(sorted({str(row["structure"]) for row in rows})),
+            "command": "python " + shlex.join(["benchmarks/intermediates.py", *map(_base, sys.argv[1:])]),
+        }
+        write_card(denoiser.model.folder, dataclasses.replace(card, evaluation=evaluation))
+
+
+def _base(argument: str) -> str:
+    """Return an argument without the folders of this machine."""
+    return Path(argument).name if os.sep in argument else argument
+
+
+def summary(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return medians and worst cases by nominal resolution."""
+    table: list[dict[str, object]] = []
     for low, high in BINS:
         inside = [row for row in rows if low <= float(str(row["resolution_A"])) < high]
         if inside:
             ratios = [float(str(row["denoised_to_weighted"])) for row in inside]
             gains = [float(str(row["gain_percent"])) for row in inside]
-            cells = (f"{np.median(ratios):.3f}", f"{max(ratios):.3f}", f"{np.median(gains):.1f}", f"{min(gains):.1f}")
-            click.echo("\t".join((f"{low:g}-{high:g}", str(len(inside)), *cells)))
+            table.append(
+                {
+                    "resolution_A": f"{low:g}-{high:g}",
+                    "maps": len(inside),
+                    "median_error_to_weighted": round(float(np.median(ratios)), 3),
+                    "worst_error_to_weighted": max(ratios),
+                    "median_crossing_gain_percent": round(float(np.median(gains)), 1),
+                    "worst_crossing_gain_percent": min(gains),
+                }
+            )
+    return table
 
 
 if __name__ == "__main__":

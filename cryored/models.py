@@ -126,15 +126,24 @@ def load_network(model: Model) -> Any:
 
 def save_model(folder: Path, network: Any, card: ModelCard) -> Model:
     """Write weights and card whole; the card gets the checksum of what was written."""
+    import keras
+
     folder.mkdir(parents=True, exist_ok=True)
+    # A model of the same layers that was never compiled: without the optimiser's state, which is twice the weights.
+    bare = keras.Model(network.inputs, network.outputs, name=network.name)
     with whole_file(folder / WEIGHTS) as partial:
         # Keras insists on the suffix.
         named = partial.with_suffix(".keras")
-        network.save(named, include_optimizer=False)
+        bare.save(named)
         named.replace(partial)
     card = dataclasses.replace(card, sha256=_sha256(folder / WEIGHTS))
-    write_text(folder / CARD, json.dumps(dataclasses.asdict(card), indent=2) + "\n")
+    write_card(folder, card)
     return Model(folder, card)
+
+
+def write_card(folder: Path, card: ModelCard) -> None:
+    """Write a model's card whole."""
+    write_text(folder / CARD, json.dumps(dataclasses.asdict(card), indent=2) + "\n")
 
 
 def _find_folder(name_or_path: str) -> Path:
