@@ -9,7 +9,7 @@ part in what is measured). Each request that the refinements leave behind, both 
 
     python benchmarks/intermediates.py STRUCTURES... -o DIR [--model NAME] [--snr 0.15,0.06,0.02]
 
-Refinements that are in DIR already are not run again. Prints a row a map, then medians by nominal resolution.
+Refinements that are in DIR already are not run again, and judged as far as they went. Prints a row a map, then medians by nominal resolution.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(
         value = values[index % len(values)]
         folder = output.resolve() / f"{Path(structure).name.split('.')[0]}_snr{value:g}"
         data = make_data(structure, folder, box=box, number=number, snr=value)
-        if not (folder / "map" / "run_class001.mrc").exists():
+        if not requests(data, "map"):
             click.echo(f"refining {folder.name} ...", err=True)
             try:
                 seconds = refine(data, "map", VARIANTS["map"])
