@@ -9,7 +9,8 @@ part in what is measured). Each request that the refinements leave behind, both 
 
     python benchmarks/intermediates.py STRUCTURES... -o DIR [--model NAME] [--snr 0.15,0.06,0.02]
 
-Refinements that are in DIR already are not run again, and judged as far as they went. Prints a row a map, then medians by nominal resolution.
+Refinements that are in DIR already are not run again, and judged as far as they went. Prints a row a map, then
+medians by nominal resolution.
 """
 
 from __future__ import annotations

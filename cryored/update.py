@@ -22,7 +22,7 @@ from cryored.errors import InputError
 from cryored.fourier import default_threads, frequencies, padded_size, relion_scale
 from cryored.volume import squared_distance
 
-_SLAB = 1 << 18  # elements worked on at a time: a few arrays of it fit a core's cache
+_SLAB = 1 << 17  # elements worked on at a time: a few arrays of it fit a core's cache
 _MASK_EDGE = 3.0  # voxels, RELION's soft edge of the sphere
 _FLOOR = 1e-3  # fraction of a shell's mean weight below which no weight falls
 _LEAST = 1e-30  # least pad**3 * tau2_fudge * tau2: no data outweigh its inverse, which float32 still holds
