@@ -38,7 +38,7 @@ def records(data, name):
 def test_lambda_0_is_relions_own_refinement(data):
     assert refine.iterations(data, "map") == refine.iterations(data, "relion")
     for ours, theirs in zip(refine.half_maps(data, "map"), refine.half_maps(data, "relion"), strict=True):
-            # Each iteration's map differs by float32 rounding (2e-7). Alignment follows the map smoothly, so that the
+        # Each iteration's map differs by float32 rounding (2e-7). Alignment follows the map smoothly, so that the
         # final maps differ by little more: 3e-7 measured.
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 

@@ -43,7 +43,7 @@ def test_mrc(tmp_path_factory, data, voxel_size, origin, nstart):
 
 @quick
 @example({"dot": ".", "unknown": "?", "empty": "", "comment": "#1", "word": "loop_", "list": "[1]", "text": ";"})
-@example({"path": "/maps of '23/a \"b\".mrc", "hole": "a ' b \" c"})
+@example({"path": '/maps of \'23/a "b".mrc', "hole": "a ' b \" c"})
 @given(st.dictionaries(labels, texts | st.integers(-(10**9), 10**9), min_size=1, max_size=5))
 def test_star_lists(items):
     star = parse_star(format_star({"general": items}).encode(), "s")
