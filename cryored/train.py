@@ -285,6 +285,7 @@ def train_files(
 
     train_network(network, store, recipe, first_step=done, on_step=on_step)
     seconds = time.monotonic() - begin
+    resolved = [row.resolution for row in rows if np.isfinite(row.resolution)] or [0.0]
     card = ModelCard(
         name=target.resolve().name,
         input=recipe.input,
@@ -292,7 +293,7 @@ def train_files(
         width=recipe.width,
         depth=recipe.depth,
         sha256="",
-        resolution_range=(min(row.resolution for row in rows), max(row.resolution for row in rows)),
+        resolution_range=(float(min(resolved)), float(max(resolved))),
         training={
             "pairs": len(rows),
             "structures": len({row.structure for row in rows}),

@@ -304,17 +304,20 @@ def test_control_c(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell without job control starts what runs in its background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    try:
-        for _ in range(600):  # until it is well at work, a minute at most
-            if len(list(tmp_path.glob("pairs/*_target.mrc"))) > 2:
-                break
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        output, messages = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    with process:
+        try:
+            for _ in range(600):  # until it is well at work, a minute at most
+                if len(list(tmp_path.glob("pairs/*_target.mrc"))) > 2:
+                    break
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+            output, messages = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert output == ""
     assert messages.split() == ["cryored:", "interrupted"]
