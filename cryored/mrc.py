@@ -58,7 +58,9 @@ def read_volume(path: str | os.PathLike[str], *, angpix: float | None = None) ->
     name = "standard input" if is_stream(path) else os.fspath(path)
     try:
         with _open(path) as stream, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+            # mrcfile tells of a file's faults by RuntimeWarning; other kinds are between it and numpy.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", RuntimeWarning)
             header, data, surplus = _parse(stream, name)
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
