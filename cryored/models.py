@@ -130,7 +130,7 @@ def save_model(folder: Path, network: Any, card: ModelCard) -> Model:
 
     folder.mkdir(parents=True, exist_ok=True)
     # A model of the same layers that was never compiled: without the optimiser's state, which is twice the weights.
-    bare = keras.Model(network.inputs, network.outputs, name=network.name)
+    bare = keras.Model(network.input, network.output, name=network.name)
     with whole_file(folder / WEIGHTS) as partial:
         # Keras insists on the suffix.
         named = partial.with_suffix(".keras")
