@@ -169,14 +169,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(words[:2]) for words, _ in ERRORS])
-def test_input_errors_exit_1_with_one_line(arguments, message, tmp_path, monkeypatch):
+def test_input_errors_exit_1_with_one_line(arguments, message, tmp_path, monkeypatch, assert_one_line_error):
     monkeypatch.chdir(tmp_path)
-    done = invoke(*arguments)
-    assert done.exit_code == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("cryored: error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert_one_line_error(invoke(*arguments), message)
     assert not (tmp_path / "a.mrc").exists()
 
 

@@ -303,18 +303,13 @@ def test_usage_errors(run, arguments, message):
     assert message in done.stderr
 
 
-def test_input_errors_are_one_line(run, tmp_path):
+def test_input_errors_are_one_line(run, tmp_path, assert_one_line_error):
     for arguments, message in [
         ((HALF1, tmp_path / "none.mrc"), "none.mrc: cannot be read: No such file or directory"),
         ((HALF1, HALF1, "--mask", MASK), "never drops below 0.8"),
         ((HALF1, HALF2, "--xml", tmp_path / "no" / "a.xml"), "does not exist; create it first"),
     ]:
-        done = run(*arguments)
-        assert done.exit_code == 1
-        assert done.stdout == ""
-        assert done.stderr.startswith("cryored: error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert_one_line_error(run(*arguments), message)
 
 
 def test_without_a_pixel_size(run, tmp_path):

@@ -283,14 +283,9 @@ def test_usage_errors(run, arguments, message):
         ([REQUESTS / "pka_box64_pad1" / "truth.mrc"], "truth.mrc: "),
     ],
 )
-def test_input_errors_are_one_line(run, tmp_path, monkeypatch, arguments, message):
+def test_input_errors_are_one_line(run, tmp_path, monkeypatch, arguments, message, assert_one_line_error):
     monkeypatch.chdir(tmp_path)
-    done = run(*arguments)
-    assert done.exit_code == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("cryored: error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert_one_line_error(run(*arguments), message)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -624,6 +624,7 @@ def test_the_wrong_folder(project, monkeypatch):
         (["--angpix", "0"], "--angpix"),
         (["--threads", "0"], "--threads"),
         (["-o", "-", "--unregularised", "-"], "only one of --output and --unregularised can be '-'"),
+        (["--lambda", "0.5", "--schedule", "s.json"], "--schedule is for --lambda auto"),
     ],
 )
 def test_usage_errors(project, arguments, message):

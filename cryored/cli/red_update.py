@@ -96,6 +96,8 @@ def red_update(
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
+    if lam is not None and schedule is not None:
+        raise click.UsageError("--schedule is for --lambda auto; give one of the two.")
 
     from cryored.lambda_schedule import Schedule, read_schedule
     from cryored.red_update import Settings, red_update_file
