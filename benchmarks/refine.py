@@ -63,8 +63,9 @@ def make_data(
     seed: int = 1,
 ) -> Data:
     """Simulate the truth and its particles, unless they are there already."""
-    from cryored.density import read_atoms, simulate_map_file
-    from cryored.particles import simulate_particles_file
+    from cryored.simulate.density import simulate_map_file
+    from cryored.simulate.particles import simulate_particles_file
+    from cryored.simulate.structure import read_atoms
 
     folder.mkdir(parents=True, exist_ok=True)
     atoms = read_atoms(structure)
@@ -157,7 +158,7 @@ def soft_mask(truth: npt.NDArray[np.float32], angpix: float) -> npt.NDArray[np.f
     """Return a mask around the molecule: the truth at 15 A above a tenth of its peak, with an edge of 9 A."""
     from scipy.ndimage import distance_transform_edt
 
-    from cryored.particles import low_pass
+    from cryored.simulate.particles import low_pass
     from cryored.volume import raised_cosine
 
     blurred = low_pass(truth, angpix, 15.0)

@@ -26,7 +26,7 @@ from cryored.models import Model, ModelCard, save_model
 from cryored.mrc import read_volume
 from cryored.network import build_unet
 from cryored.output import write_text
-from cryored.pairs import PairRow, read_pairs
+from cryored.simulate.pair_table import PairRow, read_pairs
 from cryored.standardise import standard_of
 from cryored.volume import Volume
 

@@ -17,14 +17,14 @@ from scipy.ndimage import uniform_filter
 from cryored import denoise
 from cryored.cli import cli
 from cryored.denoise import Denoiser, crossover, cube_rotations, denoise_file, predict_tiled, rotate, rotate_back
-from cryored.density import check_fits, read_atoms
 from cryored.errors import InputError, ModelError
 from cryored.fourier import apply_shells, forward, shell_index, spatial_frequency
 from cryored.fsc import shell_correlation
 from cryored.models import Model, ModelCard, find_model
 from cryored.mrc import read_volume, write_volume
-from cryored.pairs import gaussian_pairs
 from cryored.resample import SAME_PIXEL, fourier_resize, plan_axis
+from cryored.simulate.gaussian import gaussian_pairs
+from cryored.simulate.structure import check_fits, read_atoms
 from cryored.standardise import standard_of
 from cryored.volume import Volume, soft_sphere, window
 

@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
-from cryored.density import MARGIN, Atoms, check_fits, gaussian_map, gaussian_transform, read_atoms
 from cryored.errors import InputError
 from cryored.fourier import spatial_frequency
 from cryored.mrc import read_volume
+from cryored.simulate.density import gaussian_map, gaussian_transform
+from cryored.simulate.structure import MARGIN, Atoms, check_fits, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 

@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cryored import pairs
 from cryored.cli import cli
-from cryored.density import Atoms, gaussian_transform, read_atoms
 from cryored.errors import InputError
 from cryored.fourier import apply_shells, forward, inverse, shell_index, spatial_frequency
 from cryored.fsc import nominal_resolution, shell_correlation
 from cryored.mrc import read_volume
-from cryored.pairs import draw_map, gaussian_pairs, read_pairs, simulate_pairs_files, write_pairs
+from cryored.simulate import gaussian, pairs
+from cryored.simulate.density import gaussian_transform
+from cryored.simulate.gaussian import draw_map, gaussian_pairs
+from cryored.simulate.pair_table import read_pairs, write_pairs
+from cryored.simulate.pairs import simulate_pairs_files
+from cryored.simulate.structure import Atoms, read_atoms
 from cryored.star import read_star
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
@@ -113,7 +116,7 @@ def test_the_target_is_the_truth_times_the_fsc(atoms, seed):
     pair = gaussian_pairs(atoms, BOX, ANGPIX, RESOLUTION, rng=np.random.default_rng(seed))[0]
     rng = np.random.default_rng(seed)
     draw = draw_map(BOX, ANGPIX, rng=rng)
-    turned = pairs._turned(atoms, BOX * ANGPIX, rng)
+    turned = gaussian._turned(atoms, BOX * ANGPIX, rng)
     s = spatial_frequency((BOX,) * 3, ANGPIX)
     truth = gaussian_transform(turned, BOX, ANGPIX, RESOLUTION) * np.exp(-draw.bfactor / 4 * s**2)
     target = forward(pair.target)
@@ -131,7 +134,7 @@ def test_the_target_is_the_truth_times_the_fsc(atoms, seed):
 
 
 def test_the_noise_is_stronger_in_the_molecule(atoms):
-    envelope = pairs._envelope(inverse(gaussian_transform(atoms, BOX, ANGPIX, 6.0), (BOX,) * 3), ANGPIX, 0.4)
+    envelope = gaussian._envelope(inverse(gaussian_transform(atoms, BOX, ANGPIX, 6.0), (BOX,) * 3), ANGPIX, 0.4)
     assert envelope.dtype == np.float32
     assert envelope[BOX // 2, BOX // 2, BOX // 2] == pytest.approx(1, abs=1e-6)
     assert 0.39 < np.median(envelope[(envelope > 0.2) & (envelope < 0.6)]) < 0.42
@@ -141,7 +144,7 @@ def test_the_noise_is_stronger_in_the_molecule(atoms):
 def test_coloured_noise_has_the_power_that_was_asked_for(atoms):
     power = np.linspace(0.5, 4, BOX // 2 + 1)
     envelope = np.ones((BOX,) * 3, dtype=np.float32)
-    noise = pairs._noise(envelope, power, np.random.default_rng(0))
+    noise = gaussian._noise(envelope, power, np.random.default_rng(0))
     found = np.bincount(shell_index((BOX,) * 3).ravel(), weights=(np.abs(noise) ** 2).ravel())
     count = np.bincount(shell_index((BOX,) * 3).ravel())
     outer = slice(5, BOX // 2)  # hundreds of coefficients a shell: 10 % is two standard deviations and more
@@ -151,8 +154,8 @@ def test_coloured_noise_has_the_power_that_was_asked_for(atoms):
 def test_a_molecule_that_fits_in_no_orientation():
     rod = Atoms(np.array([[-60.0, 0, 0], [60.0, 0, 0]]), np.ones(2))
     with pytest.raises(InputError, match="no orientation of the molecule fits a box of 60 A; use a larger --box"):
-        pairs._turned(rod, 60.0, np.random.default_rng(0))
-    turned = pairs._turned(rod, 110.0, np.random.default_rng(0))
+        gaussian._turned(rod, 60.0, np.random.default_rng(0))
+    turned = gaussian._turned(rod, 110.0, np.random.default_rng(0))
     assert np.abs(turned.positions).max() < 55
 
 

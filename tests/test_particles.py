@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import cryored.particles
+import cryored.simulate.particles
 from cryored.cli.simulate_particles import particles as command
 from cryored.errors import CryoredError, InputError
 from cryored.fourier import forward, shell_index
 from cryored.mrc import read_volume, write_volume
-from cryored.particles import Microscope, low_pass, simulate_particles_file
 from cryored.project import angular_distance, ctf, rotation_matrices
+from cryored.simulate.particles import Microscope, low_pass, simulate_particles_file
 from cryored.star import read_star, write_star
 from cryored.volume import Volume
 
@@ -205,7 +205,7 @@ def contents(stem):
 def test_same_seed_same_bytes(project, monkeypatch):
     options = {"number": 30, "shift": 1.0, "perturb_angles": 3.0, "seed": 5}
     simulate_particles_file("map.mrc", "one", threads=1, **options)
-    monkeypatch.setattr(cryored.particles, "_CHUNK_PIXELS", 7 * BOX**2)
+    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", 7 * BOX**2)
     simulate_particles_file("map.mrc", "two", threads=2, **options)
     assert contents("one") == contents("two")
     simulate_particles_file("map.mrc", "other", **options | {"seed": 6})
@@ -216,7 +216,7 @@ def test_same_seed_same_bytes(project, monkeypatch):
 
 
 def test_an_interrupted_run_leaves_nothing(project, monkeypatch):
-    monkeypatch.setattr(cryored.particles, "_CHUNK_PIXELS", BOX**2)
+    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", BOX**2)
 
     def interrupt(done, total):
         if done == 3:

@@ -21,8 +21,8 @@ from cryored.errors import InputError, ModelError
 from cryored.fourier import apply_shells
 from cryored.models import check_weights, find_model, load_network
 from cryored.mrc import read_volume, write_volume
-from cryored.pairs import PairRow, read_pairs, write_pairs
 from cryored.resample import fourier_resize
+from cryored.simulate.pair_table import PairRow, read_pairs, write_pairs
 from cryored.train import Judgement, PairStore, Recipe, draw_batch, learning_rate, summarise, train_files
 from cryored.volume import Volume, soft_sphere
 

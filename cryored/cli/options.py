@@ -87,3 +87,22 @@ device = click.option(
     help="Insist on a GPU, or keep off it.  [default: a GPU where there is one]",
 )
 plot = click.option("--plot", type=PATH, metavar="FILE.png", help="Draw the result (needs matplotlib).")
+gaussian_width = click.option(
+    "--resolution",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    metavar="ANGSTROM",
+    help="Width of the atoms' Gaussians: their transform falls to 1/e at 1/resolution.",
+)
+box = click.option(
+    "--box", type=click.IntRange(min=8), default=96, show_default=True, help="Edge of the maps in voxels."
+)
+grid_angpix = click.option(
+    "--angpix",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.5,
+    show_default=True,
+    metavar="ANGSTROM",
+    help="Voxel size in angstrom.",
+)

@@ -1,0 +1,1 @@
+"""From atomic models to maps, particles and training pairs."""
