@@ -11,22 +11,16 @@ RELION's padded arrays B and K have ``N = round(pad * ori)`` points a side, and
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
 
+from cryored.threads import default_threads
 from cryored.volume import Floats
 
 Complexes = npt.NDArray[np.complexfloating]
 Integers = npt.NDArray[np.int32]
-
-
-def default_threads() -> int:
-    """Return the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
 def forward(data: Floats, threads: int | None = None) -> Complexes:

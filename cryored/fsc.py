@@ -139,8 +139,12 @@ def shell_correlation(data1: Floats, data2: Floats, *, threads: int | None = Non
     -------
     (max(shape) // 2 + 1,) float64; 0 in a shell where a map has no power.
     """
-    index, shells = _shells(data1.shape)
-    return _correlate((forward(data1, threads), forward(data2, threads)), index, shells)
+    return transform_correlation(forward(data1, threads), forward(data2, threads), data1.shape)
+
+
+def transform_correlation(transform1: Complexes, transform2: Complexes, shape: tuple[int, int, int]) -> Curve:
+    """Return the FSC of two maps of `shape` from their half-transforms; see `shell_correlation`."""
+    return _correlate((transform1, transform2), *_shells(shape))
 
 
 def masked_correlation(

@@ -12,16 +12,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
-import scipy.ndimage
 
 from cryored.errors import InputError
-from cryored.fourier import Complexes, default_threads, forward, frequencies, half_frequencies
+from cryored.fourier import Complexes, forward, frequencies, half_frequencies, padded_size
+from cryored.slices import extract_slices, log_likelihoods
+from cryored.threads import default_threads, parallel, parts
 from cryored.volume import Floats, squared_distance, window
 
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 
-PADDING = 2
+_RUN = 64  # slices that a thread takes at a time
 _POLE = 1e-8  # sin(tilt) below which rot and psi turn about the same axis
 
 
@@ -116,7 +117,7 @@ def _cross_matrices(vectors: Doubles) -> Doubles:
 class Projector:
     """Central slices of a map's transform, as RELION's ``Projector`` makes them (projector.cpp).
 
-    The map is padded to twice its box. Linear interpolation between Fourier coefficients multiplies the map
+    The map is padded to a multiple of its box. Linear interpolation between Fourier coefficients multiplies the map
     by a squared sinc, so the map is divided by it beforehand (``griddingCorrect``, a function of the
     distance from the centre). A projection is the sum of the map along the beam. Coefficients at and beyond
     Nyquist (``|k| >= n / 2``) are 0: half of those at Nyquist have no partner in an even box.
@@ -125,34 +126,69 @@ class Projector:
     ----------
     data : (n, n, n) float32
         The map with its centre at ``n // 2``; n may be odd.
+    padding : float
+        RELION projects particles with 2, and references as ``--pad`` says.
     threads : int, optional
-        Threads of the FFTs; all cores by default.
+        All cores by default.
     """
 
-    def __init__(self, data: Floats, *, threads: int | None = None) -> None:
+    def __init__(self, data: Floats, *, padding: float = 2.0, threads: int | None = None) -> None:
         if len(set(data.shape)) != 1 or data.ndim != 3:
             raise InputError(f"a map of {' x '.join(map(str, data.shape))} voxels, expected a cube")
         self.box = len(data)
         self._threads = threads or default_threads()
-        padded = PADDING * self.box
+        self.padding = padding
+        padded = padded_size(padding, self.box)
         distance = np.sqrt(squared_distance(data.shape), dtype=np.float32)
         corrected = data.astype(np.float32, copy=False) / np.sinc(distance / np.float32(padded)) ** 2
         self._transform = forward(window(corrected, (padded,) * 3), self._threads)
-        y, x = np.meshgrid(frequencies(self.box), half_frequencies(self.box), indexing="ij")
-        self._inside = 4 * (x**2 + y**2) < self.box**2
-        self._points = PADDING * np.stack([x[self._inside], y[self._inside]]).astype(np.float64)
 
     def slices(self, rotations: Doubles) -> Complexes:
         """Return the half-transforms (m, n, n // 2 + 1) complex64 of the projections for m `rotations`."""
-        # The slice's point k lies at A^T k in the map's transform; its k_z is 0, so A's last row drops out.
-        coordinates = np.einsum("mij,ip->jmp", rotations[:, :2, ::-1], self._points)  # z, y, x
-        mirrored = coordinates[2] < 0  # where only the complex conjugate, at minus the point, is stored
-        coordinates *= np.where(mirrored, -1.0, 1.0)
-        # z and y are periodic; x stays within the half axis, so the wrap does not touch it.
-        values = scipy.ndimage.map_coordinates(self._transform, coordinates, order=1, mode="grid-wrap")
-        np.conjugate(values, out=values, where=mirrored)
-        result = np.zeros((len(rotations), *self._inside.shape), dtype=np.complex64)
-        result[:, self._inside] = values
+        result = np.empty((len(rotations), self.box, self.box // 2 + 1), dtype=np.complex64)
+
+        def extract(part: slice) -> None:
+            extract_slices(self._transform, rotations[part], self.padding, result[part])
+
+        parallel(extract, parts(len(rotations), _RUN), self._threads)
+        return result
+
+    def log_likelihoods(
+        self, slices: Complexes, weights: Singles, rotations: Doubles, shifts: Doubles, r_max: int
+    ) -> Doubles:
+        """Compare each of m images with the map in c poses of its own (see `cryored.slices.log_likelihoods`).
+
+        Parameters
+        ----------
+        slices : (m, n, n // 2 + 1) complex64
+            Half-transforms of the images, times CTF over noise power.
+        weights : (m, n, n // 2 + 1) float32
+            CTF squared over noise power.
+        rotations : (m, c, 3, 3) float64
+        shifts : (m, c, 2) float64
+            x and y of the particle in pixels.
+        r_max : int
+            Radius up to which coefficients are compared.
+
+        Returns
+        -------
+        (m, c) float64
+        """
+        result = np.empty(rotations.shape[:2])
+
+        def compare(part: slice) -> None:
+            log_likelihoods(
+                self._transform,
+                self.padding,
+                slices[part],
+                weights[part],
+                rotations[part],
+                shifts[part],
+                r_max,
+                result[part],
+            )
+
+        parallel(compare, parts(len(slices), _RUN), self._threads)
         return result
 
     def project(self, rotations: Doubles) -> Singles:

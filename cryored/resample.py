@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.fft
 
-from cryored.fourier import default_threads
+from cryored.threads import default_threads
 from cryored.volume import Floats, window
 
 SAME_PIXEL = 0.01  # relative difference below which two voxel sizes need no resampling

@@ -9,8 +9,7 @@ exists as a whole, which takes half the time and a fraction of the memory of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,7 +18,8 @@ import numpy.typing as npt
 import scipy.fft
 
 from cryored.errors import InputError
-from cryored.fourier import default_threads, frequencies, padded_size, relion_scale
+from cryored.fourier import frequencies, padded_size, relion_scale
+from cryored.threads import default_threads, parallel, parts
 from cryored.volume import squared_distance
 
 _SLAB = 1 << 17  # elements worked on at a time: a few arrays of it fit a core's cache
@@ -100,7 +100,7 @@ def check_accumulators(sums: Accumulators, names: tuple[str, str, str], threads:
         return lambda part: (float(array[part].min()), float(array[part].max()))
 
     for name, array in zip(names, (sums.real, sums.imag, sums.weight), strict=True):
-        found = _parallel(extremes(array), _slices(len(array), planes), threads)
+        found = parallel(extremes(array), parts(len(array), planes), threads)
         low, high = min(item[0] for item in found), max(item[1] for item in found)
         if not np.isfinite([item for pair in found for item in pair]).all():
             bad = int((~np.isfinite(array)).sum())
@@ -214,7 +214,7 @@ def _floor(sums: Accumulators, added: Shells, empty: npt.NDArray[np.bool_] | Non
         )
 
     planes = max(1, _SLAB // (len(rows) * (reach + 1)))
-    found = _parallel(shell_sums, _slices(len(kz), planes), threads)
+    found = parallel(shell_sums, parts(len(kz), planes), threads)
     total = np.sum([item[0] for item in found], axis=0)[: sums.r_max]
     count = np.sum([item[1] for item in found], axis=0)[: sums.r_max]
     return _FLOOR * total / np.maximum(count, 1)
@@ -269,7 +269,7 @@ def _quotient_columns(
         result[ori // 2 :, part] = column[: ori - ori // 2]
 
     width = max(1, _SLAB // (n * len(kx)))
-    _parallel(divide, _slices(len(rows), width), threads)
+    parallel(divide, parts(len(rows), width), threads)
     return result
 
 
@@ -307,10 +307,10 @@ def _finish(sums: Accumulators, columns: npt.NDArray[np.complex64], reach: int, 
         slab *= np.take(gridding, d2)
 
     in_plane = squared_distance((ori, ori))
-    parts = list(_slices(ori, max(1, _SLAB // (n * len(kx)))))
-    totals = _parallel(transform, parts, threads)
+    slabs = list(parts(ori, max(1, _SLAB // (n * len(kx)))))
+    totals = parallel(transform, slabs, threads)
     background = np.float32(sum(item[0] for item in totals) / max(sum(item[1] for item in totals), 1e-30))
-    _parallel(mask, parts, threads)
+    parallel(mask, slabs, threads)
     return data
 
 
@@ -342,7 +342,7 @@ def _partial_forward(sums: Accumulators, denoised: Denoised, reach: int, threads
         plane[:, : ori - half] = transformed[:, half:]
         result[part] = scipy.fft.fft(plane, axis=1, overwrite_x=True, workers=1)[:, rows]
 
-    _parallel(transform, _slices(ori, max(1, _SLAB // (n * len(kx)))), threads)
+    parallel(transform, parts(ori, max(1, _SLAB // (n * len(kx)))), threads)
     return result
 
 
@@ -391,18 +391,3 @@ def _round(value: float) -> int:
 
 def _round_array(values: Shells) -> npt.NDArray[np.intp]:
     return np.floor(values + 0.5).astype(np.intp)
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-def _parallel(work: Callable[[slice], T], parts: Iterator[slice] | list[slice], threads: int | None) -> list[T]:
-    """Do the parts in threads: numpy and scipy let go of the interpreter lock."""
-    parts = list(parts)
-    threads = min(threads or default_threads(), len(parts))
-    if threads <= 1:
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(threads) as executor:
-        return list(executor.map(work, parts))
