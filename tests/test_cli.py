@@ -20,7 +20,7 @@ from cryored.cli import COMMANDS, cli
 DATA = Path(__file__).parent / "data"
 STRUCTURE = str(DATA / "structures" / "6M2B.cif.gz")
 HALF1, HALF2 = (str(DATA / "postprocess_pka" / f"run_half{i}_class001_unfil.mrc") for i in (1, 2))
-MAP = ["simulate", "map", STRUCTURE, "--box", "32", "--angpix", "4", "--resolution", "8"]
+MAP = ["simulate", "map", STRUCTURE, "-q", "--box", "32", "--angpix", "4", "--resolution", "8"]
 
 
 def cryored(*arguments, **options):

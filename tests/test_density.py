@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import gemmi
@@ -16,19 +17,40 @@ from cryored.cli import cli
 from cryored.errors import InputError
 from cryored.fourier import spatial_frequency
 from cryored.mrc import read_volume
-from cryored.simulate.density import gaussian_map, gaussian_transform
-from cryored.simulate.structure import MARGIN, Atoms, check_fits, read_atoms
+from cryored.simulate.density import (
+    check_scattering,
+    gaussian_map,
+    gaussian_transform,
+    potential_map,
+    potential_transform,
+)
+from cryored.simulate.structure import Atoms, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 
-PDB = """\
-ATOM      1  CA  ALA A   1      10.000  10.000  10.000  1.00 20.00           C
-ATOM      2  HA  ALA A   1      99.000  10.000  10.000  1.00 20.00           H
-ATOM      3  O   ALA B   1      14.000  10.000  10.000  0.50 20.00           O
-HETATM    4  O   HOH A   2      50.000  50.000  50.000  1.00 20.00           O
+REMARKS = """\
+REMARK 350 BIOMOLECULE: 1
+REMARK 350 APPLY THE FOLLOWING TO CHAINS: A, B
+REMARK 350   BIOMT1   1  1.000000  0.000000  0.000000        0.00000
+REMARK 350   BIOMT2   1  0.000000  1.000000  0.000000        0.00000
+REMARK 350   BIOMT3   1  0.000000  0.000000  1.000000        0.00000
+"""
+
+PDB = (
+    REMARKS
+    + """\
+REMARK 350   BIOMT1   2 -1.000000  0.000000  0.000000        0.00000
+REMARK 350   BIOMT2   2  0.000000 -1.000000  0.000000        0.00000
+REMARK 350   BIOMT3   2  0.000000  0.000000  1.000000        0.00000
+ATOM      1  CA  ALA A   1       6.000   1.000   1.000  1.00 20.00           C
+ATOM      2  HA  ALA A   1      -9.000   1.000   1.000  1.00 20.00           H
+ATOM      3  O   ALA B   1       9.000   1.000   1.000  0.50 20.00           O
+ATOM      4  N   ALA C   1       9.000   5.000   1.000  1.00 20.00           N
+HETATM    5  O   HOH A   2      14.000   9.000   9.000  1.00 20.00           O
 TER
 END
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,71 +67,6 @@ def small(tmp_path):
 
 def run(*arguments):
     return CliRunner().invoke(cli, ["simulate", "map", *map(str, arguments)])
-
-
-# Reading
-
-
-def test_waters_and_hydrogens_are_dropped(small):
-    atoms = read_atoms(small)
-    np.testing.assert_allclose(atoms.weights, [6, 4])  # electrons of carbon, and half of oxygen's
-    centre = 4 * 15.999 / (15.999 + 12.011)  # of mass, which knows no occupancy
-    np.testing.assert_allclose(atoms.positions, [[-centre, 0, 0], [4 - centre, 0, 0]], atol=1e-3)
-
-
-def test_chains(small):
-    np.testing.assert_allclose(read_atoms(small, ("B",)).weights, [4])
-    np.testing.assert_allclose(read_atoms(small, ("B",)).positions, 0)
-    assert len(read_atoms(small, ("B", "A")).weights) == 2
-    with pytest.raises(InputError, match="small.pdb: no chain C, D; it has A, B"):
-        read_atoms(small, ("A", "C", "D"))
-
-
-def test_formats(tmp_path, atoms):
-    """mmCIF and PDB, gzipped or not, hold the same atoms."""
-    structure = gemmi.read_structure(str(STRUCTURE))
-    cif, pdb = structure.make_mmcif_document().as_string(), structure.make_pdb_string()
-    for name, text in (("a.cif", cif), ("a.pdb", pdb), ("a.ent", pdb)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    for path in tmp_path.iterdir():
-        found = read_atoms(path)
-        np.testing.assert_allclose(found.weights, atoms.weights, rtol=1e-6)
-        np.testing.assert_allclose(found.positions, atoms.positions, atol=1e-3)  # PDB has three decimals
-
-
-def test_the_first_of_several_models(tmp_path):
-    lines = [line for line in PDB.splitlines() if line.startswith("ATOM")]
-    other = [line.replace("14.000", "44.000") for line in lines]
-    text = "\n".join(["MODEL        1", *lines, "ENDMDL", "MODEL        2", *other, "ENDMDL", "END", ""])
-    (tmp_path / "a.pdb").write_text(text)
-    assert np.ptp(read_atoms(tmp_path / "a.pdb").positions[:, 0]) == pytest.approx(4)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.pdb", PDB.splitlines()[3] + "\nEND\n", r"no atoms \(waters and hydrogens do not count\), expected PDB or"),
-        ("a.pdb", "hello\n", "no atoms"),
-        ("a.cif", "data_x\n_entry.id x\n", "holds no atomic model, expected PDB or mmCIF coordinates"),
-        ("a.cif", "hello\n", "no readable PDB or mmCIF file"),
-        ("a.mrc", "hello\n", "no readable PDB or mmCIF file .*Unknown format"),
-        ("a.cif.gz", "hello\n", "no readable PDB or mmCIF file"),
-    ],
-)
-def test_what_is_no_structure(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=f"{name}: {message}") as caught:
-        read_atoms(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_cut_short_files(tmp_path):
-    with pytest.raises(InputError, match="none.cif: no readable PDB or mmCIF file .*No such file"):
-        read_atoms(tmp_path / "none.cif")
-    (tmp_path / "cut.cif.gz").write_bytes(STRUCTURE.read_bytes()[:20000])
-    with pytest.raises(InputError, match="cut.cif.gz: no readable"):
-        read_atoms(tmp_path / "cut.cif.gz")
 
 
 # Density
@@ -174,22 +131,104 @@ def test_the_falloff_is_a_gaussian():
     np.testing.assert_allclose(found[inner], expected[inner], rtol=1e-3)
 
 
-# The box
+# Potential
 
 
-def test_a_box_that_is_too_small_names_one_that_fits(atoms):
-    with pytest.raises(InputError, match=r"6M2B: reaches \d+ A from its centre .* use --box \d+ or more") as caught:
-        check_fits(atoms, 40, 1.5, "6M2B")
-    enough = int(str(caught.value).split("--box ")[1].split()[0])
-    check_fits(atoms, enough, 1.5, "6M2B")
-    with pytest.raises(InputError, match=f"use --box {enough} or more"):
-        check_fits(atoms, enough - 2, 1.5, "6M2B")
+def scattered(atoms, s):
+    """Electron scattering factors times B factors, summed over atoms at the frequencies s (n, 3; z, y, x), in A."""
+    total = 0
+    square = np.sum(s**2, axis=1)
+    for position, number, occupancy, bfactor in zip(
+        atoms.positions, atoms.numbers, atoms.occupancies, atoms.bfactors, strict=True
+    ):
+        five = gemmi.Element(int(number)).c4322
+        factor = sum(a * np.exp(-b * square / 4) for a, b in zip(five.a, five.b, strict=True))
+        phase = np.exp(-2j * np.pi * s @ position[::-1])
+        total = total + occupancy * factor * np.exp(-bfactor * square / 4) * phase
+    return total
 
 
-def test_the_margin():
-    check_fits(Atoms(np.array([[0, 0, 16 - MARGIN]]), np.ones(1)), 32, 1.0, "a")
-    with pytest.raises(InputError, match="a: reaches 16 A .* a box of 32 at 1 A/pixel ends at 16 A; use --box 34"):
-        check_fits(Atoms(np.array([[0, 0, 16.1 - MARGIN]]), np.ones(1)), 32, 1.0, "a")
+def few_atoms(length, rng):
+    numbers = np.array([1, 6, 7, 8, 15, 16, 30, 6, 6])
+    bfactors = np.array([0, 0, 5, 20, 40, 80, 150, 300, 33.3])
+    occupancies = rng.uniform(0.3, 1, 9)
+    return Atoms(rng.uniform(-length / 2, length / 2, (9, 3)), occupancies * numbers, numbers, bfactors)
+
+
+@pytest.mark.parametrize(
+    ("box", "angpix", "resolution"), [(24, 1.5, 3.0), (25, 1.5, 3.0), (20, 1.0, 0.5), (21, 3.0, 7.0), (8, 4.0, 20.0)]
+)
+def test_potential_equals_the_sum_over_scattering_factors(box, angpix, resolution):
+    atoms = few_atoms(box * angpix, np.random.default_rng(0))
+    transform = potential_transform(atoms, box, angpix, resolution)
+    assert transform.shape == (box, box, box // 2 + 1)
+    assert transform.dtype == np.complex64
+    inside = (box - 1) // 2
+    axis = np.arange(-inside, inside + 1)
+    k = np.stack(np.meshgrid(axis, axis, axis[inside:], indexing="ij"), axis=-1).reshape(-1, 3)
+    s = k / (box * angpix)
+    volt = 47.87801  # h**2 / (2 pi m e) in V A**2
+    direct = volt * scattered(atoms, s) * np.exp(-np.sum(s**2, axis=1) * resolution**2)
+    found = transform[k[:, 0], k[:, 1], k[:, 2]]
+    shell = np.rint(np.linalg.norm(k, axis=1)).astype(int)
+    error = np.sqrt(np.bincount(shell, np.abs(found - direct) ** 2) / np.bincount(shell, np.abs(direct) ** 2))
+    assert error.max() < 1e-3  # in every shell to the corners: aliases of 1e-4 along each axis, and gemmi's cut-off
+
+
+@pytest.mark.parametrize("box", [40, 41])
+def test_potential_of_one_atom_lies_where_it_should(box):
+    """The five Gaussians and the B factor in real space, in volt, from the voxel n // 2."""
+    one = Atoms(np.array([[4.0, -3.0, 2.0]]), np.array([7.0]), np.array([7]), np.array([60.0]))
+    data = potential_map(one, box, 1.0, 4.0).data
+    five = gemmi.Element("N").c4322
+    width = np.array(five.b) + 60 + 4 * 4.0**2  # resolution R is a B factor of 4 R**2
+    r = np.arange(5.0)
+    expected = 47.87801 * np.sum(
+        np.array(five.a)[:, None] * (4 * np.pi / width[:, None]) ** 1.5 * np.exp(-4 * np.pi**2 * r**2 / width[:, None]),
+        axis=0,
+    )
+    z, y, x = box // 2 + 2, box // 2 - 3, box // 2 + 4
+    # The transform ends at 1/2 A, at exp(-8) of its height.
+    np.testing.assert_allclose(data[z, y, x : x + 5], expected, atol=0.001 * expected[0])
+    np.testing.assert_allclose(data[z : z + 5, y, x], expected, atol=0.001 * expected[0])
+    assert np.unravel_index(data.argmax(), data.shape) == (z, y, x)
+
+
+def test_mean_inner_potential_of_ice():
+    """Vitreous ice, 0.93 g/cm**3, has 4.53 V for independent atoms (Vulovic et al. 2013, J. Struct. Biol. 183)."""
+    molecule = Atoms(np.zeros((3, 3)), np.array([8.0, 1, 1]), np.array([8, 1, 1]), np.zeros(3))
+    density = 0.93 / 18.015 * 0.602214  # molecules per cubic angstrom
+    assert potential_transform(molecule, 8, 1.0, 2.0)[0, 0, 0].real * density == pytest.approx(4.53, abs=0.01)
+
+
+def test_both_methods_see_the_same_molecule(atoms):
+    """At low resolution potential and density differ by little but their scale."""
+    still = replace(atoms, bfactors=np.zeros_like(atoms.bfactors))
+    gaussian, potential = (method(still, 33, 3.0, 12.0).data for method in (gaussian_map, potential_map))
+    assert np.corrcoef(gaussian.ravel(), potential.ravel())[0, 1] > 0.995
+    assert not np.allclose(potential, potential_map(atoms, 33, 3.0, 12.0).data, rtol=0.01, atol=0)  # B factors count
+
+
+@pytest.mark.parametrize(
+    ("numbers", "bfactors", "message"),
+    [
+        ([6, 7], [20, -1], "a: 1 of 2 B factors are below zero or no number, expected squared angstrom; correct them"),
+        ([6, 7], [np.nan, np.inf], "a: 2 of 2 B factors are below zero or no number"),
+        ([6, 99], [20, 20], "a: no electron scattering factors of Es; use --method gaussian"),
+    ],
+)
+def test_atoms_that_do_not_scatter(numbers, bfactors, message):
+    two = Atoms(np.zeros((2, 3)), np.array(numbers, float), np.array(numbers), np.array(bfactors, float))
+    with pytest.raises(InputError, match=message):
+        check_scattering(two, "a")
+    with pytest.raises(InputError, match=message[2:]):
+        potential_transform(two, 16, 1.0, 3.0)
+    assert gaussian_map(two, 16, 1.0, 3.0).data.max() > 0
+
+
+def test_atoms_of_unknown_kind_have_no_potential():
+    with pytest.raises(ValueError, match="atoms without atomic numbers and B factors"):
+        potential_transform(Atoms(np.zeros((2, 3)), np.ones(2)), 16, 1.0, 3.0)
 
 
 # Command
@@ -198,7 +237,8 @@ def test_the_margin():
 def test_the_command(tmp_path, atoms):
     done = run(STRUCTURE, "-o", tmp_path / "a.mrc", "--box", "48", "--angpix", "2", "--resolution", "5")
     assert done.exit_code == 0, done.output
-    assert done.output == ""
+    assert done.stdout == ""
+    assert done.stderr == f"{STRUCTURE}: 2859 atoms, 37.7 kDa, 50 x 54 x 54 A\n"
     volume = read_volume(tmp_path / "a.mrc")
     np.testing.assert_array_equal(volume.data, gaussian_map(atoms, 48, 2.0, 5.0).data)
     assert volume.voxel_size == 2
@@ -206,13 +246,45 @@ def test_the_command(tmp_path, atoms):
         assert mrc.get_labels()[0].endswith("simulate map gaussian 5 A 6M2B.cif.gz")
 
 
-def test_chains_of_the_command(tmp_path, small):
-    assert run(small, "-o", tmp_path / "a.mrc", "--box", "16", "--angpix", "2", "--chains", "B,A").exit_code == 0
-    total = read_volume(tmp_path / "a.mrc").data.sum() * 8
-    assert total == pytest.approx(10, rel=1e-5)
-    done = run(small, "-o", tmp_path / "b.mrc", "--box", "16", "--chains", "B,C")
+def test_the_command_for_a_potential(tmp_path, atoms):
+    done = run(STRUCTURE, "-o", tmp_path / "a.mrc", "--box", "41", "--angpix", "2", "--method", "potential", "-q")
+    assert done.exit_code == 0, done.output
+    assert done.output == ""
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.mrc").data, potential_map(atoms, 41, 2.0, 3.0).data)
+    with mrcfile.open(tmp_path / "a.mrc") as mrc:
+        assert mrc.get_labels()[0].endswith("simulate map potential 3 A 6M2B.cif.gz")
+
+
+def test_atoms_of_the_command(tmp_path, small):
+    def total(*arguments):
+        done = run(small, "-o", "-", "--box", "16", "--angpix", "4", *arguments)
+        assert done.exit_code == 0, done.output
+        (tmp_path / "a.mrc").write_bytes(done.stdout_bytes)
+        return pytest.approx(read_volume(tmp_path / "a.mrc").data.sum(dtype=float) * 64, rel=1e-5)
+
+    assert total() == 6 + 4 + 7
+    assert total("--chains", "B,A") == 6 + 4
+    assert total("--chains", "B,A", "--waters") == 6 + 4 + 8
+    assert total("--hydrogens") == 6 + 4 + 7 + 1
+    assert total("--assembly", "1") == 2 * (6 + 4)
+    assert total("--assembly", "1", "--chains", "A") == 2 * 6
+    for option, value, message in (
+        ("--chains", "B,D", "small.pdb: no chain D; it has A, B, C"),
+        ("--assembly", "2", "small.pdb: no assembly 2; it has assemblies 1"),
+    ):
+        done = run(small, "-o", tmp_path / "b.mrc", "--box", "16", option, value)
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert not (tmp_path / "b.mrc").exists()
+
+
+def test_a_negative_b_factor_is_an_error_of_the_potential_only(tmp_path, small):
+    small.write_text(PDB.replace("20.00           C", "-5.00           C"))
+    words = (small, "-o", tmp_path / "a.mrc", "--box", "16", "--angpix", "4")
+    done = run(*words, "--method", "potential")
     assert done.exit_code == 1
-    assert "no chain C; it has A, B" in done.stderr
+    assert f"error: {small}: 1 of 3 B factors are below zero or no number, expected squared" in done.stderr
+    assert run(*words).exit_code == 0
 
 
 def test_too_small_a_box_is_an_error_before_any_work(tmp_path):
@@ -222,11 +294,19 @@ def test_too_small_a_box_is_an_error_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_example_of_the_help_runs(tmp_path, monkeypatch):
+def test_the_examples_of_the_help_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = gemmi.read_structure(str(STRUCTURE)).make_pdb_string()
+    structure = gemmi.read_structure(str(STRUCTURE))
+    text = structure.make_pdb_string()
     (tmp_path / "1abc.pdb.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "whole.pdb").write_text(REMARKS + text)
+    structure = gemmi.read_structure("whole.pdb")
+    structure.setup_entities()
+    structure.make_mmcif_document().write_file("1abc.cif")
     lines = [line for line in run("--help").stdout.splitlines() if line.strip().startswith("cryored simulate map")]
-    assert len(lines) == 1
-    assert CliRunner().invoke(cli, shlex.split(lines[0])[1:]).exit_code == 0
+    assert len(lines) == 2
+    for line in lines:
+        done = CliRunner().invoke(cli, shlex.split(line)[1:])
+        assert done.exit_code == 0, done.output
     assert read_volume(tmp_path / "truth.mrc").shape == (96, 96, 96)
+    assert read_volume(tmp_path / "volt.mrc").shape == (96, 96, 96)

@@ -12,21 +12,53 @@ from cryored.cli import options
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="MAP.mrc", help='Map to write, or "-".')
 @options.box
 @options.grid_angpix
-@options.gaussian_width
+@click.option(
+    "--resolution",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    metavar="ANGSTROM",
+    help="Limit of the map: its transform is multiplied by exp(-(s R)^2), 1/e at s = 1/R.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["gaussian", "potential"]),
+    default="gaussian",
+    show_default=True,
+    help="gaussian: atoms are points weighted by atomic number, limited by --resolution (electrons per cubic "
+    "angstrom). potential: electron scattering factors and B factors, limited as well (volt).",
+)
 @click.option("--chains", metavar="A,B", default="", help="Chains to keep, separated by commas.  [default: all]")
+@click.option(
+    "--assembly",
+    metavar="NAME",
+    help="Biological assembly to build from these chains.  [default: coordinates as in the file]",
+)
+@click.option("--waters/--no-waters", default=False, show_default=True, help="Keep waters.")
+@click.option("--hydrogens/--no-hydrogens", default=False, show_default=True, help="Keep hydrogens.")
 @options.overwrite
 @options.common
 def simulate_map(
-    structure: str, output: str, box: int, angpix: float, resolution: float, chains: str, overwrite: bool
+    structure: str,
+    output: str,
+    box: int,
+    angpix: float,
+    resolution: float,
+    method: str,
+    chains: str,
+    assembly: str | None,
+    waters: bool,
+    hydrogens: bool,
+    overwrite: bool,
 ) -> None:
     """Turn an atomic model (PDB or mmCIF, gzipped or not) into a map.
 
-    Atoms become Gaussians weighted by their atomic number. The first model is taken, waters and hydrogens are
-    dropped, and the molecule is centred on its mass.
+    The first model is taken and centred on its mass. The map has its centre at voxel n // 2 of each axis.
 
     \b
     Example:
       cryored simulate map 1abc.pdb.gz -o truth.mrc --box 96 --angpix 1.5
+      cryored simulate map 1abc.cif -o volt.mrc --method potential --assembly 1
     """
     from cryored.simulate.density import simulate_map_file
 
@@ -36,6 +68,10 @@ def simulate_map(
         box=box,
         angpix=angpix,
         resolution=resolution,
+        method=method,
         chains=tuple(chains.split(",")) if chains else (),
+        assembly=assembly,
+        waters=waters,
+        hydrogens=hydrogens,
         overwrite=overwrite,
     )
