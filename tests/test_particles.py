@@ -1,22 +1,30 @@
 """Particle stacks: what is written, and what RELION makes of it."""
 
+import errno
 import math
+import os
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
+import scipy.stats
 from click.testing import CliRunner
 
 import cryored.simulate.particles
 from cryored.cli.simulate_particles import particles as command
-from cryored.errors import CryoredError, InputError
+from cryored.errors import CryoredError, InputError, OutputError
 from cryored.fourier import forward, shell_index
-from cryored.mrc import read_volume, write_volume
+from cryored.mrc import Stack, read_volume, write_volume
 from cryored.project import angular_distance, ctf, rotation_matrices
+from cryored.simulate.noise import noise_filter, read_spectrum
 from cryored.simulate.particles import Microscope, low_pass, simulate_particles_file
 from cryored.star import read_star, write_star
 from cryored.volume import Volume
@@ -52,6 +60,24 @@ def project(tmp_path, monkeypatch, truth):
     monkeypatch.chdir(tmp_path)
     write_volume("map.mrc", truth, label="test")
     return tmp_path
+
+
+@pytest.fixture
+def model(project):
+    """A RELION model whose noise has three times the power at low frequency; the last shells are missing."""
+    frequency = np.arange(15) / (BOX * ANGPIX)
+    group = {
+        "rlnSpectralIndex": np.arange(15),
+        "rlnResolution": frequency,
+        "rlnSigma2Noise": 1e-4 * (1 + 2 * np.exp(-frequency / 0.05)),
+    }
+    write_star("model.star", {"model_group_1": group})
+    return "model.star"
+
+
+@pytest.fixture(params=["white", "model"])
+def noise(request):
+    return request.getfixturevalue("model") if request.param == "model" else "white"
 
 
 def columns(star, *labels):
@@ -152,6 +178,16 @@ def test_start_angles_are_off_by_what_was_asked_and_images_stay(project):
     np.testing.assert_array_equal(mrcfile.read("b.mrcs"), mrcfile.read("a.mrcs"))
 
 
+def test_orientations_are_uniform(project):
+    simulate_particles_file("map.mrc", "sim", number=3000, snr=math.inf, apply_ctf=False)
+    rot, tilt, psi = columns("sim_truth.star", "AngleRot", "AngleTilt", "AnglePsi")
+    uniform = {"rot": rot / 360, "tilt": -np.cos(np.deg2rad(tilt)) / 2, "psi": psi / 360}
+    for name, sample in uniform.items():  # each within -0.5 to 0.5; the seed is fixed, so this decides once
+        assert scipy.stats.kstest(sample + 0.5, "uniform").pvalue > 1e-3, name
+        for other in uniform.keys() - {name}:
+            assert abs(np.corrcoef(sample, uniform[other])[0, 1]) < 4 / math.sqrt(3000), (name, other)
+
+
 def test_reference_is_the_map_low_passed_and_scaled(project, truth):
     result = simulate_particles_file("map.mrc", "sim", number=2, ini_high=24.0)
     reference = read_volume("sim_reference.mrc")
@@ -171,19 +207,21 @@ def test_low_pass_beyond_nyquist_takes_nothing_below_it(truth):
 
 
 @pytest.mark.parametrize("snr", [0.01, 1.0])
-def test_signal_to_noise_ratio(project, snr):
+def test_signal_to_noise_ratio(project, snr, noise):
     options = {"number": 300, "shift": 1.0}
     clean = simulate_particles_file("map.mrc", "clean", snr=math.inf, **options)
-    noisy = simulate_particles_file("map.mrc", "noisy", snr=snr, **options)
+    noisy = simulate_particles_file("map.mrc", "noisy", snr=snr, noise=noise, **options)
     assert clean.scale == 1.0
     signal = noisy.scale * mrcfile.read("clean.mrcs").astype(np.float64)
-    noise = mrcfile.read("noisy.mrcs") - signal
-    assert noise.var() == pytest.approx(1.0, rel=0.01)
-    assert signal.var(axis=(1, 2)).mean() / noise.var() == pytest.approx(snr, rel=0.01)
-    # White: all bands of frequency carry the same power, and neighbouring images share nothing.
-    power = (abs(np.fft.rfft2(noise)) ** 2).mean(axis=0) / BOX**2
-    assert power[:8, 1:8].mean() == pytest.approx(power[8:24, 8:16].mean(), rel=0.03)
-    assert abs((noise[1:] * noise[:-1]).mean()) < 5 / math.sqrt(noise.size)
+    hiss = mrcfile.read("noisy.mrcs") - signal
+    assert hiss.var() == pytest.approx(1.0, rel=0.01)
+    assert signal.var(axis=(1, 2)).mean() / hiss.var() == pytest.approx(snr, rel=0.01)
+    power = (abs(np.fft.rfft2(hiss)) ** 2).mean(axis=0) / BOX**2
+    # White: all bands of frequency carry the same power. Neighbouring images share nothing.
+    asked = np.ones_like(power) if noise == "white" else noise_filter(read_spectrum(noise), BOX, ANGPIX) ** 2
+    for band in (np.s_[:4, 1:4], np.s_[:8, 1:8], np.s_[8:24, 8:16]):
+        assert power[band].mean() == pytest.approx(asked[band].mean(), rel=0.06)
+    assert abs((hiss[1:] * hiss[:-1]).mean()) < 5 / math.sqrt(hiss.size)
 
 
 def test_scale_multiplies_the_map(project):
@@ -202,14 +240,41 @@ def contents(stem):
     ]
 
 
-def test_same_seed_same_bytes(project, monkeypatch):
-    options = {"number": 30, "shift": 1.0, "perturb_angles": 3.0, "seed": 5}
+@pytest.mark.parametrize("box", [BOX, 30])  # 30 lines are no multiple of what a vector unit transforms at once
+def test_same_seed_same_bytes(project, monkeypatch, noise, box):
+    write_volume("map.mrc", Volume(blobs(box), ANGPIX), label="test")
+    options = {"number": 30, "shift": 1.0, "perturb_angles": 3.0, "seed": 5, "noise": noise}
     simulate_particles_file("map.mrc", "one", threads=1, **options)
-    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", 7 * BOX**2)
+    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", 7 * box**2)
     simulate_particles_file("map.mrc", "two", threads=2, **options)
-    assert contents("one") == contents("two")
+    monkeypatch.setattr(cryored.simulate.particles, "_RUN", 3)
+    simulate_particles_file("map.mrc", "three", threads=3, **options)
+    assert contents("one") == contents("two") == contents("three")
     simulate_particles_file("map.mrc", "other", **options | {"seed": 6})
     assert contents("other")[0] != contents("one")[0]
+
+
+def test_memory_does_not_grow_with_the_number(project, monkeypatch):
+    box = 64
+    write_volume("map.mrc", Volume(blobs(box), 1.5), label="test")
+    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", 4 * box**2)
+
+    def peak(number):
+        # Counted from the first images on: before, the padded map's transform is the largest.
+        simulate_particles_file(
+            "map.mrc", "sim", number=number, overwrite=True, threads=1,
+            progress=lambda done, _: tracemalloc.reset_peak() if done == 4 else None,
+        )  # fmt: skip
+        return tracemalloc.get_traced_memory()[1]
+
+    tracemalloc.start()
+    try:
+        peak(8)  # what is loaded and cached once
+        few, many = peak(100), peak(500)
+    finally:
+        tracemalloc.stop()
+    # The tables of angles grow; images held together would add their whole size.
+    assert many - few < 0.25 * 400 * box**2 * 4
 
 
 # Failures
@@ -224,6 +289,89 @@ def test_an_interrupted_run_leaves_nothing(project, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         simulate_particles_file("map.mrc", "sim", number=10, progress=interrupt)
+    assert [p.name for p in project.iterdir()] == ["map.mrc"]
+
+
+KILLED = """
+import os, signal
+import cryored.simulate.particles as particles
+
+particles._CHUNK_PIXELS = {box} ** 2
+
+def kill(done, total):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+particles.simulate_particles_file("map.mrc", "sim", number=10, progress=kill)
+"""
+
+
+def test_a_killed_run_is_replaced_by_the_next(project, caplog):
+    killed = subprocess.Popen([sys.executable, "-c", KILLED.format(box=BOX)])
+    assert killed.wait(timeout=60) == -signal.SIGKILL
+    partial = f".sim.mrcs.{killed.pid}.part"
+    assert {p.name for p in project.iterdir()} == {"map.mrc", partial}
+    # A name that this process would use, as all runs in containers have the same number.
+    (project / f".sim.mrcs.{os.getpid()}.part").write_bytes(b"")
+    others = {
+        f".sim.mrcs.{os.getppid()}.part",  # a run that goes on
+        f".other.mrcs.{killed.pid}.part",
+        ".sim.mrcs.backup.part",
+    }
+    for name in others:
+        (project / name).write_bytes(b"")
+    simulate_particles_file("map.mrc", "sim", number=10)
+    assert f"{partial}: removed, as an interrupted run had left it" in caplog.text
+    outputs = {"sim.mrcs", "sim.star", "sim_truth.star", "sim_reference.mrc"}
+    assert {p.name for p in project.iterdir()} == {"map.mrc"} | outputs | others
+    assert mrcfile.read("sim.mrcs").shape == (10, BOX, BOX)
+
+
+def test_a_truncated_stack_is_replaced_whole(project):
+    simulate_particles_file("map.mrc", "sim", number=10)
+    whole = (project / "sim.mrcs").read_bytes()
+    (project / "sim.mrcs").write_bytes(whole[: len(whole) // 2])
+    simulate_particles_file("map.mrc", "sim", number=10, overwrite=True)
+    assert (project / "sim.mrcs").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "call", "file"),
+    [
+        (Stack, "write", 3, "sim.mrcs"),
+        (Stack, "write", 13, "sim.mrcs"),  # in the second pass
+        (Path, "write_text", 2, "sim_truth.star"),
+    ],
+)
+def test_a_full_disk_leaves_no_half_file(project, monkeypatch, owner, function, call, file):
+    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", BOX**2)
+    write, calls = getattr(owner, function), []
+
+    def fill_up(*arguments, **options):
+        calls.append(function)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(owner, function, fill_up)
+    with pytest.raises(OutputError) as caught:
+        simulate_particles_file("map.mrc", "sim", number=10)
+    assert str(caught.value) == f"{file}: cannot be written: No space left on device"
+    # The stack appears last: with it all is there.
+    assert {p.name for p in project.iterdir()} <= {"map.mrc", "sim.star"}
+
+
+def test_a_stack_that_the_file_system_refuses(project):
+    """A limit on the size of files fails in the same call as a full disk does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cryored", "simulate", "particles", "map.mrc", "-o", "sim", "--number", "40"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "cryored: error: sim.mrcs: cannot be written: File too large"
     assert [p.name for p in project.iterdir()] == ["map.mrc"]
 
 
@@ -249,6 +397,8 @@ def test_nothing_is_overwritten_unasked(project):
         ({"perturb_angles": 200.0}, "angles perturbed by 200 degrees"),
         ({"ini_high": 0.0}, "reference at 0 A, expected a resolution above 0"),
         ({"seed": -1}, "seed -1, expected 0 or more"),
+        ({"noise": "gone.star"}, "gone.star: cannot be read"),
+        ({"noise": "gone.star", "snr": math.inf}, "gone.star: a spectrum of noise, but the signal-to-noise ratio is"),
         ({"stem": "my particles"}, "'my particles': RELION cannot read such a name"),
         ({"stem": "folder/"}, "'folder/': RELION cannot read such a name"),
     ],
@@ -256,7 +406,7 @@ def test_nothing_is_overwritten_unasked(project):
 def test_values_that_make_no_sense(project, options, message):
     with pytest.raises(InputError) as caught:
         simulate_particles_file("map.mrc", **{"stem": "sim"} | options)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [p.name for p in project.iterdir()] == ["map.mrc"]
 
 
@@ -302,7 +452,7 @@ def test_the_example_in_the_help(project):
 
 def test_options_reach_the_files(project):
     done = invoke(
-        *"map.mrc sim --number 20 --snr inf --defocus 1,1.1 --voltage 200 --cs 2 --amplitude-contrast 0.07 "
+        *"map.mrc -o sim --number 20 --snr inf --defocus 1,1.1 --voltage 200 --cs 2 --amplitude-contrast 0.07 "
         "--shift 1 --perturb-angles 4 --angpix 2.5 --seed 4 --threads 1 -q".split()
     )
     assert done.exit_code == 0 and done.stderr == ""
@@ -322,6 +472,19 @@ def test_options_reach_the_files(project):
     assert read_star("sim.star").numbers("optics", "rlnImagePixelSize") == [2.5]
 
 
+def test_scale_and_noise_reach_the_stack(project, model):
+    done = invoke("map.mrc", "--output", "sim", "--number", "9", "--scale", "0.02", "--noise", model, "-q")
+    assert done.exit_code == 0 and done.stderr == ""
+    simulate_particles_file("map.mrc", "tool", number=9, scale=0.02, noise=model)
+    assert contents("sim") == contents("tool")
+
+
+def test_the_stem_is_required(project):
+    result = invoke("map.mrc")
+    assert result.exit_code == 2
+    assert "Missing option '-o' / '--output'" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -331,13 +494,13 @@ def test_options_reach_the_files(project):
     ],
 )
 def test_usage_errors(project, arguments, message):
-    result = invoke("map.mrc", "sim", *arguments)
+    result = invoke("map.mrc", "-o", "sim", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
 def test_map_from_standard_input(project, truth):
-    result = invoke("-", "sim", "--number", "2", "--snr", "inf", input=(project / "map.mrc").read_bytes())
+    result = invoke("-", "-o", "sim", "--number", "2", "--snr", "inf", input=(project / "map.mrc").read_bytes())
     assert result.exit_code == 0
     simulate_particles_file("map.mrc", "file", number=2, snr=math.inf)
     assert contents("sim") == contents("file")
@@ -413,6 +576,22 @@ class TestRelion:
         curve = fsc(back, truth.data)
         assert curve[: int(0.8 * BOX / 2) + 1].min() > 0.99
         assert np.corrcoef(back.ravel(), truth.data.ravel())[0, 1] > 0.99  # and with the right sign
+
+    def test_relion_measures_the_noise_that_was_asked_for(self, project, model):
+        """At its start RELION takes the mean power of the images, here all but noise, for that of the noise."""
+        simulate_particles_file("map.mrc", "sim", number=200, snr=1e-4, noise=model)
+        (project / "Refine").mkdir()
+        run(
+            *"relion_refine --i sim.star --ref sim_reference.mrc --o Refine/run --iter 0 --ctf --ini_high 30 "
+            "--pad 1 --particle_diameter 90 --healpix_order 1 --offset_range 2 --sym C1 --j 1 "
+            "--dont_combine_weights_via_disc --random_seed 7".split()
+        )
+        theirs = read_star("Refine/run_it000_model.star").numbers("model_group_1", "rlnSigma2Noise")
+        # RELION's transform of a 2D image has the factor 1 / n**2, and sigma2 is that of a real or imaginary part.
+        power = 2 * BOX**2 * theirs
+        asked = noise_filter(read_spectrum(model), BOX, ANGPIX)[0] ** 2
+        # Measured: 5 % in the inner shells, where few coefficients tell, and 2 % beyond.
+        np.testing.assert_allclose(power[1:], asked[1:], rtol=0.1)
 
     def test_local_searches_come_nearer_to_the_truth(self, project):
         """RELION takes start angles, subsets, defocus and grey scale as written, without complaint."""

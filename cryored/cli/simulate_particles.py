@@ -20,10 +20,12 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
     short_help="Make a stack of particles that RELION can refine from a map.",
     epilog="Example: noisy particles with start angles 5 degrees off, for local searches.\n\n"
     "\b\n"
-    "  cryored simulate particles map.mrc sim --number 400 --snr 0.05 --perturb-angles 5",
+    "  cryored simulate particles map.mrc -o sim --number 400 --snr 0.05 --perturb-angles 5",
 )
 @click.argument("map_path", metavar="MAP", type=options.PATH)
-@click.argument("stem", metavar="STEM", type=options.PATH)
+@click.option(
+    "-o", "--output", type=options.PATH, required=True, metavar="STEM", help="The outputs' names up to the ending."
+)
 @click.option("--number", type=click.IntRange(min=1), default=10000, show_default=True, help="Number of particles.")
 @click.option(
     "--snr",
@@ -33,6 +35,14 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
     help="Variance of the noise-free pixels over that of the noise; 'inf' for no noise.",
 )
 @click.option("--scale", type=float, help="Multiply the map by this instead; the noise has variance 1.")
+@click.option(
+    "--noise",
+    type=options.PATH,
+    metavar="white|FILE.star",
+    default="white",
+    show_default=True,
+    help="White noise, or that of the spectrum in a _model.star of RELION.",
+)
 @click.option(
     "--ctf/--no-ctf",
     "apply_ctf",
@@ -90,10 +100,11 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
 def particles(
     ctx: click.Context,
     map_path: str,
-    stem: str,
+    output: str,
     number: int,
     snr: float,
     scale: float | None,
+    noise: str,
     apply_ctf: bool,
     defocus_range: tuple[float, float],
     voltage: float,
@@ -109,8 +120,9 @@ def particles(
 ) -> None:
     """Make a stack of particles that RELION can refine, from MAP.
 
-    Orientations are uniform. The pixels get white noise of variance 1, as RELION wants it, and MAP is
-    multiplied so that the particles have the signal-to-noise ratio asked for.
+    Orientations are uniform. The pixels get noise of variance 1, as RELION wants it, and MAP is multiplied so
+    that the particles have the signal-to-noise ratio asked for. The noise is white, or has the spectrum that a
+    refinement of RELION measured, averaged over its groups.
 
     Written are STEM.mrcs, the particles; STEM.star, to refine from; STEM_truth.star, with the true
     orientations and shifts; and STEM_reference.mrc, MAP on the particles' grey scale and low-pass filtered.
@@ -127,10 +139,11 @@ def particles(
     with bar("particles", number) as advance:
         result = simulate_particles_file(
             map_path,
-            stem,
+            output,
             number=number,
             snr=snr,
             scale=scale,
+            noise=noise,
             apply_ctf=apply_ctf,
             defocus_range=defocus_range,
             microscope=Microscope(voltage, cs, amplitude_contrast),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from cryored.errors import InputError
 from cryored.fourier import apply_shells
-from cryored.mrc import Stack, new_stack, read_volume, write_volume
+from cryored.mrc import new_stack, read_volume, write_volume
 from cryored.output import check_target, is_stream
 from cryored.project import (
     Doubles,
@@ -26,12 +27,15 @@ from cryored.project import (
     random_rotations,
     shift_phases,
 )
+from cryored.simulate.noise import WHITE, draw_noise, noise_filter, read_spectrum
 from cryored.star import Column, Table, write_star
+from cryored.threads import parallel, parts
 from cryored.volume import Floats, Volume, raised_cosine
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_PIXELS = 2**20  # pixels worked on at a time: about 0.1 GB in all
+_CHUNK_PIXELS = 2**20  # pixels in memory at a time: about 0.1 GB in all
+_RUN = 16  # images that a thread takes at a time
 _LOWPASS_EDGE = 2  # shells over which the reference's low-pass filter falls, as in RELION
 
 
@@ -80,10 +84,10 @@ class Particles:
     origins: Doubles
     defocus: Doubles | None
 
-    def part(self, first: int, stop: int) -> Particles:
-        """Return the particles `first` to `stop` - 1."""
-        defocus = None if self.defocus is None else self.defocus[first:stop]
-        return Particles(self.rotations[first:stop], self.origins[first:stop], defocus)
+    def part(self, part: slice) -> Particles:
+        """Return some of the particles."""
+        defocus = None if self.defocus is None else self.defocus[part]
+        return Particles(self.rotations[part], self.origins[part], defocus)
 
 
 @dataclass(frozen=True)
@@ -128,22 +132,29 @@ def clean_images(
     threads: int | None = None,
 ) -> Singles:
     """Return noise-free images (m, n, n) float32: projected, moved off centre, CTF applied."""
-    slices = projector.slices(particles.rotations)
-    if particles.origins.any():
-        # The origin is what brings the particle back, so it lies at minus that.
-        slices *= shift_phases(projector.box, -particles.origins[:, 0], -particles.origins[:, 1])
-    if particles.defocus is not None:
-        slices *= ctf(
-            projector.box,
-            voxel_size,
-            particles.defocus,
-            particles.defocus,
-            0.0,
-            microscope.voltage,
-            microscope.cs,
-            microscope.amplitude_contrast,
-        )
-    return images(slices, projector.box, threads)
+    result = np.empty((len(particles.rotations), projector.box, projector.box), dtype=np.float32)
+
+    def make(part: slice) -> None:
+        some = particles.part(part)
+        slices = projector.slices(some.rotations)
+        if some.origins.any():
+            # The origin is what brings the particle back, so it lies at minus that.
+            slices *= shift_phases(projector.box, -some.origins[:, 0], -some.origins[:, 1])
+        if some.defocus is not None:
+            slices *= ctf(
+                projector.box,
+                voxel_size,
+                some.defocus,
+                some.defocus,
+                0.0,
+                microscope.voltage,
+                microscope.cs,
+                microscope.amplitude_contrast,
+            )
+        result[part] = images(slices, projector.box, threads=1)
+
+    parallel(make, parts(len(result), _RUN), threads)
+    return result
 
 
 def low_pass(data: Floats, voxel_size: float, resolution: float, threads: int | None = None) -> Floats:
@@ -153,12 +164,18 @@ def low_pass(data: Floats, voxel_size: float, resolution: float, threads: int | 
     return apply_shells(data, raised_cosine((radius - shell) / _LOWPASS_EDGE + 0.5), threads)
 
 
-def add_noise(stack: Stack, first: int, stop: int, scale: float, *, rng: np.random.Generator) -> None:
-    """Multiply the images `first` to `stop` - 1 of a stack by `scale` and add white noise of variance 1."""
-    noisy = stack.read(first, stop - first)
-    noisy *= np.float32(scale)
-    noisy += rng.standard_normal(noisy.shape, dtype=np.float32)
-    stack.write(first, noisy)
+def add_noise(
+    data: Singles,
+    streams: Sequence[np.random.Generator],
+    colour: Singles | None = None,
+    threads: int | None = None,
+) -> None:
+    """Add noise of variance 1 to images (m, n, n) in place; see `cryored.simulate.noise.draw_noise`."""
+
+    def add(part: slice) -> None:
+        data[part] += draw_noise(streams[part], data.shape[-1], colour)
+
+    parallel(add, parts(len(data), _RUN), threads)
 
 
 def simulate_particles_file(
@@ -168,6 +185,7 @@ def simulate_particles_file(
     number: int = 10000,
     snr: float = 0.002,
     scale: float | None = None,
+    noise: str | os.PathLike[str] = WHITE,
     apply_ctf: bool = True,
     defocus_range: tuple[float, float] = (0.2, 2.0),
     microscope: Microscope | None = None,
@@ -180,7 +198,7 @@ def simulate_particles_file(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Simulation:
-    """Simulate particles of a map, with white noise of variance 1 as RELION wants it.
+    """Simulate particles of a map, with noise of variance 1 as RELION wants it.
 
     Written are STEM.mrcs (the images), STEM.star (start angles, no shifts), STEM_truth.star (the angles and
     shifts that the images were made with) and STEM_reference.mrc (the map on the images' grey scale, low-pass
@@ -200,6 +218,9 @@ def simulate_particles_file(
         infinity the images are without noise and the map is as it is.
     scale : float, optional
         Multiply the map by this instead, whatever the signal-to-noise ratio becomes.
+    noise : path
+        ``white``, or a ``_model.star`` of RELION: noise of the power spectrum that is measured there (see
+        `cryored.simulate.noise`).
     apply_ctf : bool
         Whether the images carry a contrast transfer function; without, the STAR files have no defocus.
     defocus_range : (float, float)
@@ -216,11 +237,12 @@ def simulate_particles_file(
     angpix : float, optional
         Pixel size in angstrom, instead of the map's.
     seed : int
-        The same seed gives the same bytes; `perturb_angles` changes no image, and `snr` no orientation.
+        The same seed gives the same bytes, whatever the number of threads: each image has a random stream of
+        its own for its noise. `perturb_angles` changes no image, and `snr` and `noise` no orientation.
     overwrite : bool
         Whether existing outputs may be replaced.
     threads : int, optional
-        Threads of the FFTs; all cores by default.
+        All cores by default.
     progress : callable
         Is told how many images are made, and of how many.
 
@@ -229,9 +251,12 @@ def simulate_particles_file(
     InputError
         The map does not fit or a value makes no sense.
     OutputError
-        An output exists or cannot be written. A stack appears only when it is whole.
+        An output exists or cannot be written. The stack appears last, so with it the data set is whole.
     """
     _check_values(number, snr, scale, defocus_range, shift, perturb_angles, ini_high, seed)
+    noisy, coloured = scale is not None or math.isfinite(snr), os.fspath(noise) != WHITE
+    if coloured and not noisy:
+        raise InputError(f"{os.fspath(noise)}: a spectrum of noise, but the signal-to-noise ratio is infinite")
     outputs = _outputs(stem)
     for path in outputs:
         check_target(path, overwrite)
@@ -242,36 +267,46 @@ def simulate_particles_file(
     _check_map(name, volume)
     box, voxel_size = len(volume.data), volume.voxel_size
 
-    draw, disturb, hiss = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
+    colour = noise_filter(read_spectrum(noise), box, voxel_size) if coloured else None
+
+    seeds = np.random.SeedSequence(seed).spawn(3)
+    draw, disturb = (np.random.default_rng(s) for s in seeds[:2])
     angstrom = (1e4 * defocus_range[0], 1e4 * defocus_range[1]) if apply_ctf else None
     truth = draw_particles(number, shift=shift, defocus_range=angstrom, rng=draw)
     start = Particles(
         perturb(truth.rotations, perturb_angles, rng=disturb), np.zeros_like(truth.origins), truth.defocus
     )
 
-    noisy = scale is not None or math.isfinite(snr)
+    for path in outputs:
+        _remove_leftovers(path)
     label = f"simulate particles number={number} seed={seed} "
     label += f"snr={snr:g}" if scale is None else f"scale={scale:g}"
+    label += f" noise={os.path.basename(noise)}" if coloured else ""
+    chunks = list(parts(number, max(1, _CHUNK_PIXELS // box**2)))
     with new_stack(stack_path, number, box, voxel_size, label=label) as stack:
         projector = Projector(volume.data, threads=threads)
         variance = 0.0
-        for first, stop in _chunks(number, box):
-            clean = clean_images(projector, truth.part(first, stop), voxel_size, microscope, threads)
+        for chunk in chunks:
+            clean = clean_images(projector, truth.part(chunk), voxel_size, microscope, threads)
             variance += float(clean.var(axis=(1, 2), dtype=np.float64).sum()) / number
-            stack.write(first, clean)
-            progress(stop, number)
+            stack.write(chunk.start, clean)
+            progress(chunk.stop, number)
         if scale is None:
             scale = _scale(snr, variance, name)
         if noisy:  # in a second pass, as the scale depends on all images
-            for first, stop in _chunks(number, box):
-                add_noise(stack, first, stop, scale, rng=hiss)
+            for chunk in chunks:
+                noise_seeds = seeds[2].spawn(chunk.stop - chunk.start)  # of one image after the other
+                data = stack.read(chunk.start, len(noise_seeds))
+                data *= np.float32(scale)
+                add_noise(data, [np.random.default_rng(s) for s in noise_seeds], colour, threads)
+                stack.write(chunk.start, data)
 
-    optics = _optics(box, voxel_size, microscope)
-    for path, particles in ((star_path, start), (truth_path, truth)):
-        table = _table(particles, os.fspath(stack_path), voxel_size)
-        write_star(path, {"optics": optics, "particles": table})
-    reference = volume.with_data(scale * low_pass(volume.data, voxel_size, ini_high, threads))
-    write_volume(reference_path, reference, label=f"simulate particles reference {ini_high:g} A x {scale:.6g}")
+        optics = _optics(box, voxel_size, microscope)
+        for path, particles in ((star_path, start), (truth_path, truth)):
+            table = _table(particles, os.fspath(stack_path), voxel_size)
+            write_star(path, {"optics": optics, "particles": table})
+        reference = volume.with_data(scale * low_pass(volume.data, voxel_size, ini_high, threads))
+        write_volume(reference_path, reference, label=f"simulate particles reference {ini_high:g} A x {scale:.6g}")
     logger.info("%d particles of box %d; the map times %.6g", number, box, scale)
     return Simulation(stack_path, star_path, truth_path, reference_path, scale)
 
@@ -336,11 +371,30 @@ def _scale(snr: float, variance: float, name: str) -> float:
     return math.sqrt(snr / variance)
 
 
-def _chunks(number: int, box: int) -> Iterator[tuple[int, int]]:
-    """Yield first and stop of runs of images that fit in memory."""
-    step = max(1, _CHUNK_PIXELS // box**2)
-    for first in range(0, number, step):
-        yield first, min(first + step, number)
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed runs left of `target`: the partial files of `cryored.output.whole_file`."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        number = path.name.split(".")[-2]
+        if not number.isdecimal() or _is_another_process(int(number)):
+            continue
+        try:
+            path.unlink()
+        except OSError:  # another user's, or gone already
+            continue
+        logger.warning("%s: removed, as an interrupted run had left it", path)
+
+
+def _is_another_process(number: int) -> bool:
+    """Tell whether a process runs under this number, other than the present one."""
+    if number == os.getpid():  # in a container each run may get the number of the last
+        return False
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _optics(box: int, voxel_size: float, microscope: Microscope) -> Table:
