@@ -24,12 +24,11 @@ from pathlib import Path
 
 import click
 import numpy as np
-import numpy.typing as npt
-from refine import VARIANTS, Data, make_data, refine
+from refine import VARIANTS
 
 from cryored.models import DEFAULT_MODEL
+from cryored.simulate.refinement import Data, RefinementError, make_data, refine
 
-Array = npt.NDArray[np.float32]
 BINS = ((0.0, 4.5), (4.5, 6.0), (6.0, 8.0), (8.0, 10.0), (10.0, np.inf))
 
 
@@ -39,16 +38,6 @@ def requests(data: Data, run: str) -> list[str]:
     return [str(path.relative_to(data.folder)) for path in found]
 
 
-def grey_scale(volume: Array, truth: Array, fsc: npt.NDArray[np.float64]) -> float:
-    """Return the factor that puts the truth on the grey scale of an unregularised map."""
-    from cryored.fourier import apply_shells
-
-    reliable = (np.cumprod(fsc > 0.5) > 0).astype(float)
-    reliable[0] = 0.0
-    known = apply_shells(truth, reliable)
-    return float(np.vdot(volume, known) / np.vdot(known, known))
-
-
 def judge_run(data: Data, run: str, denoiser: object) -> Iterator[dict[str, object]]:
     """Yield a row for each request of a run."""
     from cryored.fourier import apply_shells
@@ -56,6 +45,7 @@ def judge_run(data: Data, run: str, denoiser: object) -> Iterator[dict[str, obje
     from cryored.mrc import read_volume
     from cryored.red_update import load_sums
     from cryored.relion import read_request
+    from cryored.simulate.harvest import grey_scale
     from cryored.star import read_star
     from cryored.update import inverse_prior, reconstruct
     from cryored.volume import Volume
@@ -118,7 +108,7 @@ def main(
             click.echo(f"refining {folder.name} ...", err=True)
             try:
                 seconds = refine(data, "map", VARIANTS["map"])
-            except RuntimeError as error:
+            except RefinementError as error:
                 sys.exit(str(error))
             click.echo(f"  {seconds:.0f} s", err=True)
         for row in judge_run(data, "map", denoiser):

@@ -12,146 +12,24 @@ Everything is made here: the truth from an atomic model, particles with CTF and 
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 import numpy.typing as npt
 
+from cryored.simulate.refinement import RELION_HOOK, Data, RefinementError, half_maps, iterations, make_data, refine
+
 HOOK = Path(__file__).resolve().parent.parent / "bin" / "cryored-external-reconstruct"
 
 # What RELION calls in each iteration of a variant.
 VARIANTS = {
-    "relion": "sh -c 'relion_external_reconstruct \"$1\" --skip_gridding' relion",
+    "relion": RELION_HOOK,
     "map": f"{HOOK} --lambda 0",
     "cwred": f"{HOOK}",
     "red": f"{HOOK} --lambda 1",
 }
-
-
-@dataclass(frozen=True)
-class Data:
-    """A simulated data set in a folder that serves as RELION's project."""
-
-    folder: Path
-    box: int
-    angpix: float
-    diameter: float
-
-    @property
-    def truth(self) -> Path:
-        """The map that the particles are projections of."""
-        return self.folder / "truth.mrc"
-
-
-def make_data(
-    structure: str,
-    folder: Path,
-    *,
-    box: int = 64,
-    angpix: float = 1.5,
-    number: int = 400,
-    snr: float = 0.05,
-    perturb: float = 5.0,
-    seed: int = 1,
-) -> Data:
-    """Simulate the truth and its particles, unless they are there already."""
-    from cryored.simulate.density import simulate_map_file
-    from cryored.simulate.particles import simulate_particles_file
-    from cryored.simulate.structure import read_atoms
-
-    folder.mkdir(parents=True, exist_ok=True)
-    atoms = read_atoms(structure)
-    diameter = 2 * float(np.linalg.norm(atoms.positions, axis=1).max()) + 10
-    data = Data(folder, box, angpix, min(diameter, 0.95 * box * angpix))
-    if not (folder / "particles_truth.star").exists():
-        simulate_map_file(structure, str(data.truth), box=box, angpix=angpix, resolution=3.0, overwrite=True)
-        here = Path.cwd()
-        os.chdir(folder)  # the stack's name in the STAR is relative to RELION's project folder
-        try:
-            simulate_particles_file(
-                "truth.mrc", "particles", number=number, snr=snr, perturb_angles=perturb, seed=seed, overwrite=True
-            )
-        finally:
-            os.chdir(here)
-    return data
-
-
-def refine(
-    data: Data,
-    name: str,
-    hook: str,
-    *,
-    timeout: float = 1800,
-    on_iteration: Callable[[int], None] = lambda number: None,
-) -> float:
-    """Run RELION's auto-refine with a hook into ``folder/name``; return the seconds it took.
-
-    Raises
-    ------
-    RuntimeError
-        RELION failed; the message has the end of its output, which also lies in ``name/run.log``.
-    """
-    target = data.folder / name
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    command = ["mpirun", "--oversubscribe", "-n", "3", "relion_refine_mpi", "--auto_refine", "--split_random_halves"]
-    command += ["--i", "particles.star", "--ref", "particles_reference.mrc", "--o", f"{name}/run"]
-    command += ["--ctf", "--ctf_corrected_ref", "--ini_high", "30", "--pad", "1"]
-    command += ["--particle_diameter", f"{data.diameter:.0f}", "--zero_mask", "--flatten_solvent", "--norm", "--scale"]
-    command += ["--oversampling", "1", "--healpix_order", "3", "--auto_local_healpix_order", "3", "--sigma_ang", "5"]
-    command += ["--offset_range", "2", "--offset_step", "1", "--sym", "C1", "--low_resol_join_halves", "40"]
-    command += ["--j", "1", "--pool", "30", "--dont_combine_weights_via_disc", "--random_seed", "7"]
-    command += ["--external_reconstruct"]
-    environment = os.environ | {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE": hook,
-        # The hook script takes the cryored of the Python that runs this.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    begin = time.monotonic()
-    with (target / "run.log").open("w") as log:
-        run = subprocess.Popen(command, cwd=data.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        shown = 0
-        while run.poll() is None:
-            if time.monotonic() - begin > timeout:
-                run.kill()
-                run.wait()
-            time.sleep(0.2)
-            done = _finished_iterations(target)
-            if done > shown:
-                shown = done
-                on_iteration(done)
-    if run.returncode:
-        end = (target / "run.log").read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"relion_refine_mpi failed with status {run.returncode}; its last words:\n{end}")
-    return time.monotonic() - begin
-
-
-def _finished_iterations(run: Path) -> int:
-    # Iteration 0 is the start.
-    return max(0, len(list(run.glob("run_it*_half1_model.star"))) - 1)
-
-
-def iterations(data: Data, name: str) -> int:
-    """Return how many iterations a run took, the joined last one included."""
-    return _finished_iterations(data.folder / name) + 1
-
-
-def half_maps(data: Data, name: str) -> list[npt.NDArray[np.float32]]:
-    """Return RELION's two unfiltered half-maps, made from B and K alone."""
-    from cryored.mrc import read_volume
-
-    return [read_volume(data.folder / name / f"run_half{half}_class001_unfil.mrc").data for half in (1, 2)]
 
 
 def soft_mask(truth: npt.NDArray[np.float32], angpix: float) -> npt.NDArray[np.float32]:
@@ -253,7 +131,7 @@ def main(
         click.echo(f"refining: {name} ...", err=True)
         try:
             seconds = refine(data, name, VARIANTS[name], on_iteration=_show_iteration)
-        except RuntimeError as error:
+        except RefinementError as error:
             sys.exit(str(error))
         click.echo(f"  done in {seconds:.0f} s", err=True)
     rows = judge(data, names)

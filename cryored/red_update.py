@@ -27,6 +27,8 @@ from cryored.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+_ROOT = "{root}"  # in the name of a file to write
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -185,8 +187,11 @@ def red_update_file(
         Pixel size in angstrom.
     output : str, optional
         Instead of the request's result.
-    unregularised, denoised : str, optional
-        B / K to write; a denoised map to use instead of the network.
+    unregularised : str, optional
+        B / K to write. ``{root}`` in it stands for the request's name up to ``_external_reconstruct``; an existing
+        file is then replaced, as RELION's ``--continue`` writes requests anew.
+    denoised : str, optional
+        A denoised map to use instead of the network.
     check : bool
         Do everything but the update, and write nothing.
     clean : bool
@@ -204,7 +209,10 @@ def red_update_file(
         target = output if output is not None else str(request.result)
         check_target(target, overwrite or output is None)
         if unregularised is not None:
-            check_target(unregularised, overwrite)
+            # Named after the request, it belongs to it as its result and its log do, and is replaced like these.
+            own = _ROOT in unregularised
+            unregularised = unregularised.replace(_ROOT, request.root)
+            check_target(unregularised, overwrite or own)
         found = find_model(model)
         updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
         lam, resolution = updater.weight(request)

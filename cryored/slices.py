@@ -2,7 +2,8 @@
 
 Linear interpolation is RELION's: a slice's point k lies at A^T k of the map's transform (see `cryored.project`),
 scaled by the padding, between eight grid points; where its x is negative, minus the point is taken, and the complex
-conjugate. The loops let go of the interpreter's lock, so that threads can share the images.
+conjugate. Frequencies serve as indices: negative ones count from the axis's end. The loops let go of the
+interpreter's lock, so that threads can share the images.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ def extract_slices(transform: Complexes, rotations: Doubles, padding: float, out
         N over the box of the slices.
     out : (m, n, n // 2 + 1) complex64
     """
-    size = transform.shape[0]
     box, half = out.shape[1], out.shape[2]
     for m in range(len(out)):
         a = rotations[m] * padding
@@ -72,8 +72,7 @@ def extract_slices(transform: Complexes, rotations: Doubles, padding: float, out
                     xp, yp, zp = -xp, -yp, -zp
                 x0, y0, z0 = math.floor(xp), math.floor(yp), math.floor(zp)
                 fx, fy, fz = np.float32(xp - x0), np.float32(yp - y0), np.float32(zp - z0)
-                y1, z1 = (y0 + 1) % size, (z0 + 1) % size
-                y0, z0 = y0 % size, z0 % size
+                y1, z1 = y0 + 1, z0 + 1
                 gx = np.float32(1) - fx
                 c00 = gx * transform[z0, y0, x0] + fx * transform[z0, y0, x0 + 1]
                 c01 = gx * transform[z0, y1, x0] + fx * transform[z0, y1, x0 + 1]
@@ -119,7 +118,6 @@ def insert_slices(
         Added to. In the plane x = 0 a point and its mate at minus the point hold a part of the sum each: see
         `cryored.backproject.BackProjector.sums`.
     """
-    size = data.shape[0]
     box, half = slices.shape[1], slices.shape[2]
     limit = (r_max * padding) ** 2
     ramp_x = np.empty(half, np.complex64)
@@ -152,10 +150,10 @@ def insert_slices(
                 fx, fy, fz = np.float32(xp - x0), np.float32(yp - y0), np.float32(zp - z0)
                 for dz in range(2):
                     wz = fz if dz else np.float32(1) - fz
-                    iz = (z0 + dz) % size
+                    iz = z0 + dz
                     for dy in range(2):
                         wzy = wz * (fy if dy else np.float32(1) - fy)
-                        iy = (y0 + dy) % size
+                        iy = y0 + dy
                         part = wzy * (np.float32(1) - fx)
                         data[iz, iy, x0] += part * value
                         weight[iz, iy, x0] += part * w
@@ -196,7 +194,6 @@ def log_likelihoods(
     r_max : int
     out : (m, c) float64
     """
-    size = transform.shape[0]
     box, half = slices.shape[1], slices.shape[2]
     ramp_x = np.empty(half, np.complex64)
     ramp_y = np.empty(box, np.complex64)
@@ -221,8 +218,7 @@ def log_likelihoods(
                         xp, yp, zp = -xp, -yp, -zp
                     x0, y0, z0 = math.floor(xp), math.floor(yp), math.floor(zp)
                     fx, fy, fz = np.float32(xp - x0), np.float32(yp - y0), np.float32(zp - z0)
-                    y1, z1 = (y0 + 1) % size, (z0 + 1) % size
-                    y0, z0 = y0 % size, z0 % size
+                    y1, z1 = y0 + 1, z0 + 1
                     x1 = min(x0 + 1, transform.shape[2] - 1)
                     gx = np.float32(1) - fx
                     c00 = gx * transform[z0, y0, x0] + fx * transform[z0, y0, x1]

@@ -11,9 +11,11 @@ T = TypeVar("T")
 
 
 def default_threads() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of cores that this process may use, at most OMP_NUM_THREADS where that is set."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
 
 
 def parts(length: int, step: int) -> Iterator[slice]:

@@ -517,7 +517,7 @@ def noisy():
     """A simulated map of 6M2B as the model sees it in a refinement: noise everywhere, weighted by its FSC."""
     atoms = read_atoms(STRUCTURE)
     check_fits(atoms, BOX, ANGPIX, "6M2B")
-    pair = gaussian_pairs(atoms, BOX, ANGPIX, 3.0, rng=np.random.default_rng(DRAW))[0]
+    pair = next(gaussian_pairs(atoms, BOX, ANGPIX, 3.0, rng=np.random.default_rng(DRAW)))[0]
     return Volume(apply_shells(pair.noisy, np.clip(pair.fsc, 0, 1)), ANGPIX)
 
 
@@ -531,7 +531,7 @@ class TestStarter:
 
     def test_it_denoises(self, noisy, denoised):
         atoms = read_atoms(STRUCTURE)
-        target = gaussian_pairs(atoms, BOX, ANGPIX, 3.0, rng=np.random.default_rng(DRAW))[0].target
+        target = next(gaussian_pairs(atoms, BOX, ANGPIX, 3.0, rng=np.random.default_rng(DRAW)))[0].target
         before, after = (np.linalg.norm(data - target) for data in (noisy.data, denoised.data))
         assert after < before
 

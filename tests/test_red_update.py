@@ -326,6 +326,18 @@ def test_the_results_file_is_replaced_without_asking_others_are_not(project):
         assert read_volume("mine.mrc").shape == (36, 36, 36)
 
 
+def test_the_unregularised_map_goes_beside_the_request(project):
+    """RELION's hook has the same options in every call; with --clean, what a harvest needs stays."""
+    job = project(*SMALL)
+    before = set(job.files())
+    kept = Path(f"{job.root}_unregularised.mrc")
+    kept.write_text("of an earlier run")
+    done = job.run("--lambda", 0, "--unregularised", "{root}_unregularised.mrc", "--clean")
+    assert done.exit_code == 0, done.stderr
+    assert difference(read_volume(kept).data, job.expected("unregularised")) <= FLOAT32
+    assert set(job.files()) ^ before == {job.result, job.log, kept, *job.arrays}
+
+
 def test_check_writes_nothing(project):
     job = project()
     job.stale.write_text("stale")

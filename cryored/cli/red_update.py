@@ -44,7 +44,14 @@ class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "-o", "--output", type=options.PATH, metavar="OUT.mrc", help='Map to write, or "-".  [default: the request\'s]'
 )
-@click.option("--unregularised", type=options.PATH, metavar="OUT.mrc", help="Write the map without any prior too.")
+@click.option(
+    "--unregularised",
+    type=options.PATH,
+    metavar="OUT.mrc",
+    help="Write the map without any prior too. {root} in the name stands for the request's up to "
+    "_external_reconstruct, and such a file is replaced: within RELION, '{root}_unregularised.mrc' with --clean "
+    "keeps what `cryored simulate pairs --from-relion` needs.",
+)
 @click.option(
     "--denoised", type=options.PATH, metavar="IN.mrc", help="Use this denoised map instead of running the network."
 )

@@ -2,37 +2,86 @@
 
 from __future__ import annotations
 
+import re
+
 import click
+from click.core import ParameterSource
 
 from cryored.cli import options
+from cryored.simulate.methods import METHODS
+
+# Options that say how to simulate, which a refinement that has been run leaves no choice of.
+_OF_SIMULATION = ("method", "number", "box", "resolution", "seed", "shard", "skip_bad", "jobs", "scheduler")
 
 
-@click.command("pairs", short_help="Make training pairs from atomic models.")
-@click.argument("structures", type=options.PATH, nargs=-1, required=True)
+def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"'{value}', expected i/n with i from 1 to n, as in 2/8")
+    return int(match[1]), int(match[2])
+
+
+@click.command("pairs", short_help="Make training pairs from atomic models, or of a refinement.")
+@click.argument("structures", type=options.PATH, nargs=-1)
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="DIR", help="Folder of the pairs.")
 @click.option(
     "--method",
-    type=click.Choice(["gaussian"]),
+    type=click.Choice(list(METHODS)),
     default="gaussian",
     show_default=True,
-    help="gaussian: smeared truth plus coloured noise.",
+    help="gaussian: smeared truth plus coloured noise. intermediates: a refinement in miniature, each of its "
+    "iterations a pair of each half.",
 )
 @click.option(
     "--number",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Draws of each structure; a draw makes two pairs, one of each half.",
+    help="Draws of each structure; a draw makes a pair of each half of one or more intermediates.",
 )
 @options.box
 @options.grid_angpix
 @options.gaussian_width
 @click.option("--float16", is_flag=True, help="Write maps of half the size (MRC mode 12).")
+@click.option(
+    "--split",
+    type=options.PATH,
+    metavar="FILE.csv",
+    help="Table with the columns id, file and split: refuse structures that are not of --part.",
+)
+@click.option("--part", default="train", show_default=True, metavar="NAME", help="Part that the pairs are for.")
+@click.option("--skip-bad", is_flag=True, help="Leave out, and list, structures that cannot be used.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--shard",
+    callback=_shard,
+    metavar="i/n",
+    help="For job arrays: do the i-th of n parts of the work. When all are done, the same command without --shard "
+    "collects them.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Dask scheduler (tcp://host:8786) whose workers do the work; they need this folder under the same path, and "
+    "--nthreads 1.",
+)
+@click.option(
+    "--from-relion",
+    type=options.PATH,
+    metavar="RUN",
+    help="Take the pairs from a refinement with --external_reconstruct: its folder, or what RELION's --o was.",
+)
+@click.option("--truth", type=options.PATH, metavar="MAP.mrc", help="With --from-relion: the map it should have found.")
+@click.option("--name", help="With --from-relion: the structure's name.  [default: that of the truth's file]")
 @options.seed
+@options.plot
 @options.overwrite
 @options.common
+@click.pass_context
 def simulate_pairs(
+    ctx: click.Context,
     structures: tuple[str, ...],
     output: str,
     method: str,
@@ -41,34 +90,113 @@ def simulate_pairs(
     angpix: float,
     resolution: float,
     float16: bool,
+    split: str | None,
+    part: str,
+    skip_bad: bool,
     jobs: int,
+    shard: tuple[int, int] | None,
+    scheduler: str | None,
+    from_relion: str | None,
+    truth: str | None,
+    name: str | None,
     seed: int,
+    plot: str | None,
     overwrite: bool,
 ) -> None:
-    """Make training pairs from atomic models: DIR/pairs.star and the maps that it lists.
+    """Make training pairs: DIR/pairs.star and the maps that it lists.
 
-    The noisy map is unregularised, the target is the truth times the FSC of the two halves; resolutions run
-    from just above Nyquist to 18 A.
+    The noisy map is unregularised, the target is the truth times the FSC of the two halves.
+
+    An interrupted run goes on where it stopped when the same command is given again. The same seed gives the same
+    bytes, however the work is divided.
 
     \b
     Example:
       cryored simulate pairs structures/*.pdb.gz -o pairs --float16 --jobs 2
+      cryored simulate pairs --from-relion Refine3D/run --truth truth.mrc -o pairs
     """
-    from cryored.cli.progress import bar
-    from cryored.simulate.pairs import simulate_pairs_files
+    _check_usage(ctx)
 
-    with bar("structures", len(structures)) as advance:
-        table = simulate_pairs_files(
-            structures,
-            output,
-            number=number,
-            box=box,
-            angpix=angpix,
-            resolution=resolution,
-            seed=seed,
-            float16=float16,
-            jobs=jobs,
-            overwrite=overwrite,
-            progress=advance,
-        )
+    from cryored.output import check_target
+    from cryored.plotting import new_figure
+
+    if plot is not None:
+        check_target(plot, overwrite)
+        new_figure(1, 1)  # is matplotlib there? Better asked now than hours later
+
+    from cryored.cli.progress import bar
+    from cryored.simulate.pair_table import log_summary, read_pairs
+
+    if from_relion is not None and truth is not None:
+        from cryored.simulate.harvest import harvest_files
+
+        with bar("requests", 0) as advance:
+            table = harvest_files(
+                from_relion,
+                truth,
+                output,
+                name=name,
+                angpix=angpix if _given(ctx, "angpix") else None,
+                float16=float16,
+                manifest=split,
+                part=part,
+                overwrite=overwrite,
+                progress=advance,
+            )
+    else:
+        from cryored.simulate.pairs import simulate_pairs_files
+
+        with bar("draws", 0) as advance:
+            table = simulate_pairs_files(
+                structures,
+                output,
+                method=method,
+                number=number,
+                box=box,
+                angpix=angpix,
+                resolution=resolution,
+                seed=seed,
+                float16=float16,
+                manifest=split,
+                part=part,
+                shard=shard,
+                skip_bad=skip_bad,
+                jobs=jobs,
+                scheduler=scheduler,
+                overwrite=overwrite,
+                progress=advance,
+            )
+    rows = read_pairs(table)
+    log_summary(rows)
+    if plot is not None:
+        from cryored.simulate.picture import draw_pairs
+
+        draw_pairs(plot, rows)
     click.echo(table)
+
+
+def _given(ctx: click.Context, option: str) -> bool:
+    return ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def _check_usage(ctx: click.Context) -> None:
+    values = ctx.params
+    from_relion = values["from_relion"] is not None
+    if from_relion and values["structures"]:
+        raise click.UsageError("STRUCTURES and --from-relion exclude each other.")
+    if not (from_relion or values["structures"]):
+        raise click.UsageError("Missing argument 'STRUCTURES...' or option '--from-relion'.")
+    if from_relion and values["truth"] is None:
+        raise click.UsageError("--from-relion needs --truth.")
+    for option in ("truth", "name"):
+        if not from_relion and values[option] is not None:
+            raise click.UsageError(f"--{option} has no meaning without --from-relion.")
+    for option in _OF_SIMULATION:
+        if from_relion and _given(ctx, option):
+            raise click.UsageError(f"--{option.replace('_', '-')} has no meaning with --from-relion.")
+    if _given(ctx, "part") and values["split"] is None:
+        raise click.UsageError("--part has no meaning without --split.")
+    if _given(ctx, "jobs") and values["scheduler"] is not None:
+        raise click.UsageError("--jobs and --scheduler exclude each other.")
+    if values["plot"] == "-":
+        raise click.UsageError("--plot needs the name of a file.")

@@ -7,6 +7,7 @@ section 2.4).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +89,9 @@ def draw_map(box: int, angpix: float, *, rng: np.random.Generator) -> Draw:
     )
 
 
-def gaussian_pairs(atoms: Atoms, box: int, angpix: float, resolution: float, *, rng: np.random.Generator) -> list[Pair]:
+def gaussian_pairs(
+    atoms: Atoms, box: int, angpix: float, resolution: float, *, rng: np.random.Generator
+) -> Iterator[tuple[Pair, Pair]]:
     """Make both halves of one draw of the method *gaussian*.
 
     Parameters
@@ -101,20 +104,21 @@ def gaussian_pairs(atoms: Atoms, box: int, angpix: float, resolution: float, *, 
     resolution : float
         Of the truth's Gaussians, see `gaussian_transform`.
 
-    Returns
-    -------
-    list of two Pair
+    Yields
+    ------
+    Two Pair, once.
     """
     draw = draw_map(box, angpix, rng=rng)
-    turned = _turned(atoms, box * angpix, rng)
+    placed = turned(atoms, box * angpix, rng)
     shape = (box, box, box)
     s = spatial_frequency(shape, angpix)
     decay = np.exp(-draw.bfactor / 4 * s**2)
-    truth = gaussian_transform(turned, box, angpix, resolution) * decay
+    truth = gaussian_transform(placed, box, angpix, resolution) * decay
     decay = decay * np.exp(-2 * (np.pi * draw.blur * s) ** 2)
-    halves = [gaussian_transform(_smeared(turned, draw.smear, rng), box, angpix, resolution) * decay for _ in range(2)]
+    halves = [gaussian_transform(_smeared(placed, draw.smear, rng), box, angpix, resolution) * decay for _ in range(2)]
     power = _noise_power(shell_power(halves[0], shape), draw)
-    envelope = _envelope(inverse(truth, shape, 1), angpix, draw.solvent)
+    truth_map = inverse(truth, shape, 1)
+    envelope = _envelope(truth_map, angpix, draw.solvent)
     maps = [inverse(half + _noise(envelope, power, rng), shape, 1) for half in halves]
     fsc = shell_correlation(maps[0], maps[1], threads=1)
     fsc[draw.cut :] = 0.0
@@ -123,15 +127,29 @@ def gaussian_pairs(atoms: Atoms, box: int, angpix: float, resolution: float, *, 
     weight = np.append(np.clip(fsc, 0.0, 1.0), 0.0).astype(np.float32)[index]
     target = inverse(truth * weight, shape, 1)
     nominal = nominal_resolution(np.arange(box // 2 + 1) / (box * angpix), fsc)
-    return [Pair(inverse(forward(noisy, 1) * inside, shape, 1), target, fsc, nominal) for noisy in maps]
+    first, second = (inverse(forward(noisy, 1) * inside, shape, 1) for noisy in maps)
+    yield Pair(first, target, fsc, nominal, truth_map), Pair(second, target, fsc, nominal, truth_map)
 
 
-def _turned(atoms: Atoms, length: float, rng: np.random.Generator) -> Atoms:
-    """Return the atoms turned and shifted at random; a long molecule is turned again until it is in the box."""
+def turned(atoms: Atoms, length: float, rng: np.random.Generator) -> Atoms:
+    """Return the atoms turned and shifted at random; a long molecule is turned again until it is in the box.
+
+    Parameters
+    ----------
+    atoms : Atoms
+    length : float
+        Edge of the box in angstrom.
+    rng : Generator
+
+    Raises
+    ------
+    InputError
+        None of many orientations fits.
+    """
     for _ in range(_TRIES):
-        turned = atoms.moved(Rotation.random(random_state=rng).as_matrix(), rng.uniform(-_SHIFT, _SHIFT, 3))
-        if 2 * np.abs(turned.positions).max() < length:
-            return turned
+        placed = atoms.moved(Rotation.random(random_state=rng).as_matrix(), rng.uniform(-_SHIFT, _SHIFT, 3))
+        if 2 * np.abs(placed.positions).max() < length:
+            return placed
     raise InputError(f"no orientation of the molecule fits a box of {length:g} A; use a larger --box")
 
 
