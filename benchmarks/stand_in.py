@@ -127,9 +127,14 @@ def draw(runs: dict[str, tuple[list[Errors], list[Errors]]], path: Path) -> None
 
 
 def nearest(real: Errors, index: int, stand_ins: list[Errors]) -> Errors:
-    """Return the stand-in of the nearest resolution; of equal ones, that of the nearest iteration."""
+    """Return the stand-in of the nearest resolution, of equal ones that of the nearest iteration.
+
+    The first iteration, whose errors are those of the start, has the first for a partner, and no other has it.
+    """
+    if index == 0:
+        return stand_ins[0]
     return min(
-        enumerate(stand_ins),
+        enumerate(stand_ins[1:], 1),
         key=lambda item: (round(abs(np.log(item[1].resolution / real.resolution)), 2), abs(item[0] - index)),
     )[1]
 

@@ -38,7 +38,7 @@ _LEAST_ANGLE, _LEAST_SHIFT = 3.0, 0.5  # degrees and pixels: the spread never fa
 _INCREASE = 10  # shells by which the current image size exceeds the resolution (RELION's incr_size)
 _HIGH_FSC = 0.2  # at the current image size's limit: then it grows faster
 _JOIN = 40.0  # angstrom down to which the halves are joined, so that they do not drift apart
-_PATIENCE = 3  # iterations without a better resolution that end a refinement
+_PATIENCE = 2  # iterations without a better resolution that end a refinement
 
 
 @dataclass(frozen=True)
