@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cryored.errors import InputError
 from cryored.fourier import apply_shells
 from cryored.fsc import shell_correlation
 from cryored.project import angular_distance, random_rotations
@@ -151,6 +152,11 @@ def test_a_drawn_molecule_is_refined_whole(atoms):
     for first, second in couples:
         np.testing.assert_array_equal(first.truth, couples[0][0].truth)
         np.testing.assert_array_equal(first.target, second.target)
+
+
+def test_an_odd_box_is_refused(atoms):
+    with pytest.raises(InputError, match="box 33, expected an even number, as RELION refines; use --box 34"):
+        next(intermediate_pairs(atoms, 33, ANGPIX, RESOLUTION, rng=np.random.default_rng(0)))
 
 
 def test_draws_stay_in_their_ranges():

@@ -5,7 +5,7 @@ angles: two independent halves, each aligned to its own MAP map by local searche
 back-projected with RELION's interpolation up to its current image size. So the errors of the maps are those of a
 refinement: noise coloured by CTF and uneven views, angles that are wrong because the reference is noisy, and the
 noise of the particles in the reference that they are aligned to. What is left out is what makes RELION slow: the
-search runs over a few dozen random poses around the last one instead of a grid, and the noise power is known.
+search tries a few dozen random poses around the last one instead of all of a grid.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from scipy.special import softmax
 
 from cryored.backproject import BackProjector, half_map_correlation
+from cryored.errors import InputError
 from cryored.fourier import Complexes, apply_shells, frequencies, half_frequencies, squared_radius
 from cryored.fsc import nominal_resolution
 from cryored.project import Doubles, Projector, Singles, ctf, perturb, random_rotations, shift_phases
@@ -105,7 +106,14 @@ def intermediate_pairs(
         In angstrom.
     resolution : float
         Of the truth's Gaussians, see `cryored.simulate.density.gaussian_transform`.
+
+    Raises
+    ------
+    InputError
+        The box is odd, or the molecule does not fit it.
     """
+    if box % 2:
+        raise InputError(f"box {box}, expected an even number, as RELION refines; use --box {box + 1}")
     molecule = turned(atoms, box * angpix, rng)
     truth = gaussian_map(molecule, box, angpix, resolution).data
     extent = 2 * float(np.linalg.norm(molecule.positions, axis=1).max()) + 10.0
