@@ -1,16 +1,15 @@
-"""A model on real refinement intermediates: its error against that of the best linear filter.
+"""A model on real refinement intermediates as it sees them in the loop: RELION's MAP maps.
 
-Structures that the model was not trained on are simulated and refined by RELION (with lambda 0, so the prior has no
-part in what is measured). Each request that the refinements leave behind, both halves, all iterations, gives
-
-- the MAP map, which is what the model sees in the loop, and its denoised version;
-- the FSC-weighted map (unregularised map times FSC), the yardstick: it has the FSC, too, but no network;
-- the target, truth times FSC, on the map's grey scale (least squares over the shells with FSC > 0.5).
+`cryored train --evaluate` shows a regularised model the unregularised map times its FSC, as in training. Here it gets
+the MAP map of eq. 11, which also knows how uneven the weights K are. Structures that the model was not trained on are
+simulated and refined by RELION (with lambda 0, so the prior has no part in what is measured). Each request that the
+refinements leave behind, both halves, all iterations, is harvested and judged like a pair, the MAP map in place of the
+noisy one as input.
 
     python benchmarks/intermediates.py STRUCTURES... -o DIR [--model NAME] [--snr 0.15,0.06,0.02]
 
-Refinements that are in DIR already are not run again, and judged as far as they went. Prints a row a map, then
-medians by nominal resolution.
+Refinements that are in DIR already are not run again, and judged as far as they went. Prints a row a map, with the
+error of the MAP map itself (map_to_wiener), then the summary by nominal resolution.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from refine import VARIANTS
 
 from cryored.models import DEFAULT_MODEL
 from cryored.simulate.refinement import Data, RefinementError, make_data, refine
-
-BINS = ((0.0, 4.5), (4.5, 6.0), (6.0, 8.0), (8.0, 10.0), (10.0, np.inf))
+from cryored.training.evaluation import Denoise, Judgement, as_row, as_tsv, judge_map, summarise
 
 
 def requests(data: Data, run: str) -> list[str]:
@@ -38,14 +36,12 @@ def requests(data: Data, run: str) -> list[str]:
     return [str(path.relative_to(data.folder)) for path in found]
 
 
-def judge_run(data: Data, run: str, denoiser: object) -> Iterator[dict[str, object]]:
-    """Yield a row for each request of a run."""
-    from cryored.fourier import apply_shells
-    from cryored.fsc import crossing_resolution, shell_correlation
+def judge_run(data: Data, run: str, denoise: Denoise) -> Iterator[tuple[Judgement, float]]:
+    """Yield for each request of a run how the denoised MAP map does, and the MAP map's error over the Wiener map's."""
     from cryored.mrc import read_volume
     from cryored.red_update import load_sums
     from cryored.relion import read_request
-    from cryored.simulate.harvest import grey_scale
+    from cryored.simulate.harvest import grey_scale, harvest_request
     from cryored.star import read_star
     from cryored.update import inverse_prior, reconstruct
     from cryored.volume import Volume
@@ -57,27 +53,17 @@ def judge_run(data: Data, run: str, denoiser: object) -> Iterator[dict[str, obje
         for path in requests(data, run):
             request = read_request(read_star(path))
             sums = load_sums(request)
-            regularised = reconstruct(sums, prior=inverse_prior(request.tau2, request.tau2_fudge, request.pad))
             raw = reconstruct(sums)
-            weights = np.clip(request.fsc, 0.0, 1.0)
-            weighted = apply_shells(raw, weights)
-            target = apply_shells(truth, weights) * np.float32(grey_scale(raw, truth, request.fsc))
-            denoised = denoiser(Volume(regularised, request.pixel_size)).data  # type: ignore[operator]
-            errors = [float(np.linalg.norm(volume - target)) for volume in (weighted, regularised, denoised)]
-            crossings = [
-                crossing_resolution(request.frequency, shell_correlation(volume, truth), 0.5)
-                for volume in (weighted, denoised)
-            ]
-            yield {
-                "structure": data.folder.name,
-                "request": Path(path).name.split("_class")[0],
-                "resolution_A": round(request.nominal_resolution(), 2),
-                "map_to_weighted": round(errors[1] / errors[0], 3),
-                "denoised_to_weighted": round(errors[2] / errors[0], 3),
-                "crossing_weighted_A": round(crossings[0], 2),
-                "crossing_denoised_A": round(crossings[1], 2),
-                "gain_percent": round(100 * (crossings[0] / crossings[1] - 1), 1),
-            }
+            pair = harvest_request(request, raw, truth)
+            scale = np.float32(grey_scale(raw, truth, request.fsc))
+            regularised = reconstruct(sums, prior=inverse_prior(request.tau2, request.tau2_fudge, request.pad)) / scale
+            denoised = denoise(Volume(regularised, request.pixel_size)).data
+            name = Path(path).name.removesuffix("_external_reconstruct.star")
+            found, plain = (
+                judge_map(pair, volume, request.pixel_size, structure=data.folder.name, name=name)
+                for volume in (denoised, regularised)
+            )
+            yield found, plain.error_to_wiener
     finally:
         os.chdir(here)
 
@@ -99,7 +85,7 @@ def main(
 
     values = [float(text) for text in snr.split(",")]
     denoiser = Denoiser(find_model(model))
-    rows = []
+    judgements: list[Judgement] = []
     for index, structure in enumerate(structures):
         value = values[index % len(values)]
         folder = output.resolve() / f"{Path(structure).name.split('.')[0]}_snr{value:g}"
@@ -111,20 +97,17 @@ def main(
             except RefinementError as error:
                 sys.exit(str(error))
             click.echo(f"  {seconds:.0f} s", err=True)
-        for row in judge_run(data, "map", denoiser):
-            if not rows:
-                click.echo("\t".join(row))
-            rows.append(row)
-            click.echo("\t".join(map(str, row.values())))
-    table = summary(rows)
-    click.echo("\n" + "\t".join(table[0]))
-    for line in table:
-        click.echo("\t".join(map(str, line.values())))
+        for judgement, plain in judge_run(data, "map", denoiser):
+            header, line = as_tsv([as_row(judgement) | {"map_to_wiener": f"{plain:.4g}"}]).splitlines()
+            click.echo(line if judgements else f"{header}\n{line}")
+            judgements.append(judgement)
+    table = summarise(judgements)
+    click.echo("\n" + as_tsv(table), nl=False)
     if update_card:
         card = denoiser.model.card
         evaluation = card.evaluation | {
             "real_intermediates": table,
-            "data": ", ".join(sorted({str(row["structure"]) for row in rows})),
+            "data": ", ".join(sorted({item.structure for item in judgements})),
             "command": "python " + shlex.join(["benchmarks/intermediates.py", *map(_base, sys.argv[1:])]),
         }
         write_card(denoiser.model.folder, dataclasses.replace(card, evaluation=evaluation))
@@ -133,27 +116,6 @@ def main(
 def _base(argument: str) -> str:
     """Return an argument without the folders of this machine."""
     return Path(argument).name if os.sep in argument else argument
-
-
-def summary(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Return medians and worst cases by nominal resolution."""
-    table: list[dict[str, object]] = []
-    for low, high in BINS:
-        inside = [row for row in rows if low <= float(str(row["resolution_A"])) < high]
-        if inside:
-            ratios = [float(str(row["denoised_to_weighted"])) for row in inside]
-            gains = [float(str(row["gain_percent"])) for row in inside]
-            table.append(
-                {
-                    "resolution_A": f"{low:g}-{high:g}",
-                    "maps": len(inside),
-                    "median_error_to_weighted": round(float(np.median(ratios)), 3),
-                    "worst_error_to_weighted": max(ratios),
-                    "median_crossing_gain_percent": round(float(np.median(gains)), 1),
-                    "worst_crossing_gain_percent": min(gains),
-                }
-            )
-    return table
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ VARIANTS = {
     "relion": RELION_HOOK,
     "map": f"{HOOK} --lambda 0",
     "cwred": f"{HOOK}",
+    "paper": f"{HOOK} --lambda paper",
     "red": f"{HOOK} --lambda 1",
 }
 

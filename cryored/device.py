@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from cryored.errors import ModelError
 
+logger = logging.getLogger(__name__)
+
 
 def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
-    """Choose the device before the network is built, and return its name (``CPU`` or ``GPU:0 ...``).
+    """Choose the device before the network is built, and return its name (``CPU``, ``GPU ...``, ``torch, CPU``).
 
     Parameters
     ----------
     gpu : bool, optional
         True insists on a GPU, False keeps off it; None takes one where there is one.
     threads : int, optional
-        CPU threads of the network.
+        CPU threads of the network; JAX takes all.
 
     Raises
     ------
     ModelError
         A GPU was insisted on and there is none.
     """
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend != "tensorflow":
-        return backend
-    os.environ["KERAS_BACKEND"] = backend
+    name = _backend()
+    find = {"tensorflow": _set_up_tensorflow, "torch": _set_up_torch, "jax": _set_up_jax}.get(name)
+    if find is None:
+        return name
+    found = find(gpu is not False, threads)
+    if gpu and found is None:
+        engine = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}[name]
+        remedy = "install cryored[gpu]" if name == "tensorflow" else f"install {engine} for CUDA"
+        raise ModelError(
+            f"no GPU is visible to {engine}, and --gpu insists on one; check nvidia-smi and CUDA_VISIBLE_DEVICES, "
+            f"{remedy}, or leave --gpu out"
+        )
+    described = "CPU" if found is None else f"GPU {found}".strip()
+    return described if name == "tensorflow" else f"{name}, {described}"
+
+
+def _backend() -> str:
+    """Return the name of Keras' back-end, and see to it that Keras takes the same."""
+    return os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+
+def _set_up_tensorflow(use_gpu: bool, threads: int | None) -> str | None:
+    """Return the name of the first GPU in use, if there is one."""
     with _hushed():
         import tensorflow as tf
 
         gpus = tf.config.list_physical_devices("GPU")
-    if gpu and not gpus:
-        raise ModelError(
-            "no GPU is visible to TensorFlow, and --gpu insists on one; check nvidia-smi and CUDA_VISIBLE_DEVICES, "
-            "install cryored[gpu], or leave --gpu out"
-        )
     try:
-        if gpu is False:
+        if not use_gpu:
             tf.config.set_visible_devices([], "GPU")
             gpus = []
         for device in gpus:
@@ -50,9 +69,141 @@ def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
             tf.config.threading.set_intra_op_parallelism_threads(threads)
     except RuntimeError:
         pass  # TensorFlow runs already in this process: its devices are as the first call left them
-    if not gpus:
-        return "CPU"
-    return f"GPU {tf.config.experimental.get_device_details(gpus[0]).get('device_name', '')}".strip()
+    return str(tf.config.experimental.get_device_details(gpus[0]).get("device_name", "")) if gpus else None
+
+
+def _set_up_torch(use_gpu: bool, threads: int | None) -> str | None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if use_gpu and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    os.environ["KERAS_TORCH_DEVICE"] = "cpu"
+    return None
+
+
+def _set_up_jax(use_gpu: bool, threads: int | None) -> str | None:
+    if not use_gpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    first = jax.devices()[0]
+    return None if first.platform == "cpu" else str(first.device_kind)
+
+
+@contextmanager
+def scope(batch_size: int) -> Iterator[None]:
+    """Give a context in which a network is built and trained so that each visible device gets its share of a batch.
+
+    The back-end's own engine does it: ``tf.distribute.MirroredStrategy`` or ``keras.distribution.DataParallel``.
+    PyTorch under Keras has none. Of the devices as many are used as divide the batch.
+
+    Parameters
+    ----------
+    batch_size : int
+        Of all devices together.
+    """
+    if _backend() == "tensorflow":
+        import tensorflow as tf
+
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        used = _shares([device.name for device in devices], batch_size)
+        if len(used) > 1:
+            with tf.distribute.MirroredStrategy(used).scope():
+                yield
+            return
+    elif _backend() == "jax":
+        import keras
+
+        used = _shares(keras.distribution.list_devices(), batch_size)
+        if len(used) > 1:
+            with keras.distribution.DataParallel(devices=used).scope():
+                yield
+            return
+    yield
+
+
+def _shares(devices: list[str], batch_size: int) -> list[str]:
+    count = next((count for count in range(len(devices), 0, -1) if batch_size % count == 0), 0)
+    if len(devices) > 1:
+        logger.info("training on %d of %d devices", count, len(devices))
+    if count < len(devices):
+        logger.warning(
+            "a batch of %d is no multiple of %d devices: %d are used; change --batch-size",
+            batch_size,
+            len(devices),
+            count,
+        )
+    return devices[:count]
+
+
+def needs_synchronising() -> bool:
+    """Tell whether batch normalisation must be told that the current `scope` has several devices."""
+    return _backend() == "tensorflow" and _replicas() > 1
+
+
+def share_out(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Split tensors along their first axis among the devices of the current `scope`, where Keras does not do it."""
+    if _backend() != "tensorflow" or _replicas() == 1:
+        return batch
+    import tensorflow as tf
+
+    def split(tensor: Any) -> Any:
+        parts = tf.split(tensor, _replicas())
+        return tf.distribute.get_strategy().experimental_distribute_values_from_function(
+            lambda context: parts[context.replica_id_in_sync_group]
+        )
+
+    return tuple(split(tensor) for tensor in batch)
+
+
+def _replicas() -> int:
+    import tensorflow as tf
+
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def summary_writer(folder: Path) -> Callable[[int, dict[str, float]], None]:
+    """Return a function that writes numbers of a step for TensorBoard, through tensorboardX or else TensorFlow.
+
+    Raises
+    ------
+    ModelError
+        Neither is installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        pass
+    else:
+        writer = SummaryWriter(str(folder))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return write
+    try:
+        with _hushed():
+            import tensorflow as tf
+    except ImportError as error:
+        raise ModelError(
+            "--tensorboard needs tensorboardX or TensorFlow: pip install 'cryored[tensorboard]'"
+        ) from error
+    stream = tf.summary.create_file_writer(str(folder))
+    # What TensorBoard's own tf.summary.scalar says of a value; TensorFlow comes without TensorBoard.
+    plugin = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
+    metadata = tf.compat.v1.SummaryMetadata(plugin_data=plugin)
+
+    def write_tensors(step: int, values: dict[str, float]) -> None:
+        with stream.as_default():
+            for name, value in values.items():
+                tf.summary.write(name, tf.constant(value, tf.float32), step, metadata)
+        stream.flush()
+
+    return write_tensors
 
 
 def set_seed(seed: int) -> None:

@@ -1,16 +1,21 @@
-"""The weight of the prior, lambda, from the nominal resolution (Kimanius et al. 2021, section 2.2)."""
+"""The weight of the prior, lambda, from the nominal resolution (Kimanius et al. 2021, section 2.2).
+
+Where a schedule comes from: the paper's line, a file, or the card of a model for which one was fitted.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cryored.errors import InputError
+from cryored.models import CARD, Model
 
 LOW, HIGH = 10.0, 4.5  # angstrom: the prior is off at LOW and worse, fully trusted at HIGH and better
 
@@ -25,10 +30,13 @@ class Schedule:
         In angstrom, increasing.
     lambdas : tuple of float
         Between 0 and 1.
+    source : str
+        Where it comes from, for logs.
     """
 
     resolutions: tuple[float, ...] = (HIGH, LOW)
     lambdas: tuple[float, ...] = (1.0, 0.0)
+    source: str = field(default="the paper's line", compare=False)
 
     def __post_init__(self) -> None:
         """Refuse points that are no schedule."""
@@ -53,25 +61,57 @@ def linear_schedule(low: float = LOW, high: float = HIGH) -> Schedule:
     """Return the paper's line: 0 at `low` angstrom and worse, 1 at `high` and better."""
     if not 0 < high < low:
         raise InputError(f"--high {high:g} and --low {low:g} A: expected 0 < high < low")
-    return Schedule((high, low), (1.0, 0.0))
+    return Schedule((high, low), (1.0, 0.0), f"1 at {high:g} A, 0 at {low:g} A")
 
 
 def read_schedule(path: str | os.PathLike[str]) -> Schedule:
-    """Read a stored schedule: JSON with the lists ``resolution`` (angstrom) and ``lambda``."""
+    """Read a stored schedule: JSON as `parse_schedule` takes it."""
     name = os.fspath(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        points = sorted(zip(map(float, content["resolution"]), map(float, content["lambda"]), strict=True))
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f'{name}: no schedule ({error}); expected JSON like {{"resolution": [4.5, 10], "lambda": [1, 0]}}'
-        ) from error
+    except ValueError as error:
+        raise _no_schedule(name, error) from error
+    return parse_schedule(content, name)
+
+
+def parse_schedule(content: Any, name: str) -> Schedule:
+    """Return the schedule in a stored object: the lists ``resolution`` (angstrom) and ``lambda``, in any order.
+
+    Parameters
+    ----------
+    content : dict
+        Other entries (`cryored.training.lambda_fit.Fit`) are for people.
+    name : str
+        Its file, for messages and logs.
+
+    Raises
+    ------
+    InputError
+        The lists are missing or are no schedule.
+    """
     try:
-        return Schedule(tuple(point[0] for point in points), tuple(point[1] for point in points))
+        points = sorted(zip(map(float, content["resolution"]), map(float, content["lambda"]), strict=True))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_schedule(name, error) from error
+    try:
+        return Schedule(tuple(point[0] for point in points), tuple(point[1] for point in points), name)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
+
+
+def _no_schedule(name: str, error: Exception) -> InputError:
+    return InputError(
+        f'{name}: no schedule ({error}); expected JSON like {{"resolution": [4.5, 10], "lambda": [1, 0]}}'
+    )
+
+
+def model_schedule(model: Model) -> Schedule:
+    """Return what ``--lambda auto`` means: the schedule in the model's card, the paper's line where it has none."""
+    if not model.card.schedule:
+        return Schedule()
+    return parse_schedule(model.card.schedule, str(model.folder / CARD))
 
 
 def source_resolution(path: str, angpix: float | None = None) -> float:

@@ -42,6 +42,9 @@ class ModelCard:
         Nominal resolutions in the training data, best and worst, in angstrom.
     training, evaluation : dict
         For people: data, command, time; errors on held-out structures.
+    schedule : dict
+        Lambda against nominal resolution as ``cryored lambda-schedule --fit`` found it for this model (see
+        `cryored.lambda_schedule.parse_schedule`); empty where none was fitted.
     """
 
     name: str
@@ -53,6 +56,7 @@ class ModelCard:
     resolution_range: tuple[float, float]
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,11 @@ def save_model(folder: Path, network: Any, card: ModelCard) -> Model:
     with whole_file(folder / WEIGHTS) as partial:
         # Keras insists on the suffix.
         named = partial.with_suffix(".keras")
-        bare.save(named)
-        named.replace(partial)
+        try:
+            bare.save(named)
+            named.replace(partial)
+        finally:
+            named.unlink(missing_ok=True)
     card = dataclasses.replace(card, sha256=_sha256(folder / WEIGHTS))
     write_card(folder, card)
     return Model(folder, card)

@@ -17,7 +17,7 @@ import numpy as np
 from cryored import __version__
 from cryored.denoise import Denoiser, crossover
 from cryored.errors import InputError
-from cryored.lambda_schedule import Schedule
+from cryored.lambda_schedule import Schedule, model_schedule
 from cryored.models import Model, check_weights, find_model
 from cryored.mrc import read_array, read_volume, write_volume
 from cryored.output import check_target
@@ -38,14 +38,15 @@ class Settings:
     ----------
     lam : float, optional
         Weight of the prior, 0 to 1; None derives it from the request's FSC by `schedule`.
-    schedule : Schedule
+    schedule : Schedule, optional
+        None stands for the model's own (`model_schedule`).
     extrapolate : bool
         Let the prior fill what the data do not reach (see `Denoised`).
     threads : int, optional
     """
 
     lam: float | None = None
-    schedule: Schedule = Schedule()
+    schedule: Schedule | None = None
     extrapolate: bool = False
     threads: int | None = None
 
@@ -95,12 +96,18 @@ class Updater:
         """The prior."""
         return self.denoiser.model
 
+    @property
+    def schedule(self) -> Schedule:
+        """What lambda follows unless it is given as a number."""
+        return self.settings.schedule or model_schedule(self.model)
+
     def weight(self, request: Request) -> tuple[float, float | None]:
         """Return lambda and the nominal resolution of a request."""
-        if self.settings.lam is None:
-            resolution = request.nominal_resolution()
-            return self.settings.schedule(resolution), resolution
-        return self.settings.lam, request.nominal_resolution() if request.fsc.any() else None
+        lam = self.settings.lam
+        if lam is not None:
+            return lam, request.nominal_resolution() if request.fsc.any() else None
+        resolution = request.nominal_resolution()
+        return self.schedule(resolution), resolution
 
     def answer(
         self,
@@ -231,6 +238,7 @@ def red_update_file(
         "current_size": 2 * request.r_max,
         "nominal_resolution": None if resolution is None or np.isinf(resolution) else round(resolution, 3),
         "lambda": round(lam, 4),
+        "schedule": updater.schedule.source if settings.lam is None else None,
         "extrapolate": settings.extrapolate,
         "model": found.card.name,
         "model_sha256": found.card.sha256,

@@ -4,219 +4,44 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import logging
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cryored import __version__, device
-from cryored.denoise import Denoiser, cube_rotations, rotate
+from cryored.denoise import Denoiser
 from cryored.errors import InputError, ModelError
-from cryored.fourier import apply_shells
-from cryored.fsc import crossing_resolution, shell_correlation
 from cryored.models import Model, ModelCard, save_model
 from cryored.mrc import read_volume
 from cryored.network import build_unet
-from cryored.output import write_text
+from cryored.output import check_target
 from cryored.simulate.pair_table import PairRow, read_pairs
-from cryored.standardise import standard_of
-from cryored.volume import Volume
+from cryored.training.batches import PairStore, check_pairs
+from cryored.training.evaluation import judge, summarise
+from cryored.training.loop import (
+    Log,
+    Progress,
+    Recipe,
+    Scalars,
+    State,
+    Validation,
+    batch_maker,
+    build_network,
+    check_recipe,
+    load_checkpoint,
+    run,
+)
 
 logger = logging.getLogger(__name__)
 
-BINS = (0.0, 4.5, 6.0, 8.0, 10.0, np.inf)  # angstrom, edges of the evaluation's table
-_GREY_SCALE = (0.5, 1.5)  # range of a random factor: molecules are larger or smaller than those trained on
-_STATE = "training.keras"  # network and optimiser of the last checkpoint
-_LOG = "training.csv"
-
-Array = npt.NDArray[np.float32]
-Half = npt.NDArray[np.float16]
-Input = Literal["regularised", "unregularised"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Parameters
-    ----------
-    width, depth : int
-        See `build_unet`.
-    patch : int
-        Edge of the training patches in voxels, a multiple of ``2**depth``.
-    batch_size, steps : int
-    learning_rate : float
-        Of Adam; falls to 0 along a cosine.
-    input : {"regularised", "unregularised"}
-        The map that the network sees: the noisy map weighted by its FSC, or as it is.
-    seed : int
-    """
-
-    width: int = 4
-    depth: int = 4
-    patch: int = 48
-    batch_size: int = 4
-    steps: int = 3000
-    learning_rate: float = 1e-3
-    input: Input = "regularised"
-    seed: int = 0
-
-
-class PairStore:
-    """Standardised pairs, read when first needed and kept in memory as float16."""
-
-    def __init__(self, rows: Sequence[PairRow], input: Input) -> None:
-        if not rows:
-            raise InputError("no pairs to train on")
-        self.rows = rows
-        self.input = input
-        self._kept: dict[int, tuple[Half, Half, float]] = {}
-        self._voxel_size = 0.0
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Half, Half, float]:
-        """Return input, error (input minus target) and the loss weight of a pair, in standardised units.
-
-        The weight is one over the Wiener map's mean squared error, so that each resolution counts the same.
-        """
-        if index not in self._kept:
-            noisy, target = read_pair(self.rows[index])
-            self._check_voxel_size(noisy, index)
-            wiener = weighted(noisy, self.rows[index])
-            volume = wiener if self.input == "regularised" else noisy
-            standard = standard_of(volume.data, volume.voxel_size)
-            scale = np.float32(1 / standard.deviation)
-            mean_square = float(np.mean(np.square((wiener.data - target.data) * scale)))
-            self._kept[index] = (
-                standard.apply(volume.data).astype(np.float16),
-                ((volume.data - target.data) * scale).astype(np.float16),
-                1 / max(mean_square, 1e-8),
-            )
-        return self._kept[index]
-
-    def _check_voxel_size(self, noisy: Volume, index: int) -> None:
-        if self._voxel_size == 0:
-            self._voxel_size = read_pair(self.rows[0])[0].voxel_size
-        if noisy.voxel_size != self._voxel_size:
-            raise InputError(
-                f"{self.rows[index].noisy}: pixel size {noisy.voxel_size:g} A, expected {self._voxel_size:g} A as in "
-                f"{self.rows[0].noisy}; train on pairs of one pixel size"
-            )
-
-
-def read_pair(row: PairRow) -> tuple[Volume, Volume]:
-    """Read the noisy and the target map of a row; refuse shapes or voxel sizes that differ."""
-    noisy, target = read_volume(row.noisy), read_volume(row.target)
-    if noisy.shape != target.shape or noisy.voxel_size != target.voxel_size:
-        raise InputError(
-            f"{row.target}: {target.shape} voxels of {target.voxel_size} A, expected those of {row.noisy}: "
-            f"{noisy.shape} voxels of {noisy.voxel_size} A"
-        )
-    return noisy, target
-
-
-def weighted(noisy: Volume, row: PairRow) -> Volume:
-    """Return the noisy map times its FSC, the best linear filter (Wiener)."""
-    return noisy.with_data(apply_shells(noisy.data, np.clip(row.fsc, 0.0, 1.0), 1))
-
-
-def draw_batch(store: PairStore, recipe: Recipe, step: int) -> tuple[Array, Array, Array]:
-    """Return inputs, errors (batch, z, y, x, 1) and weights (batch,) of a step; the step alone decides them."""
-    rng = np.random.default_rng([recipe.seed, step])
-    rotations = cube_rotations()
-    inputs, errors, weights = [], [], []
-    for _ in range(recipe.batch_size):
-        index = int(rng.integers(len(store)))
-        source, error, weight = store[index]
-        if min(source.shape) < recipe.patch:
-            raise InputError(f"{store.rows[index].noisy}: a box of {min(source.shape)}, below --patch {recipe.patch}")
-        corner = [int(rng.integers(n - recipe.patch + 1)) for n in source.shape]
-        place = tuple(slice(start, start + recipe.patch) for start in corner)
-        rotation = rotations[int(rng.integers(len(rotations)))]
-        scale = np.float32(rng.uniform(*_GREY_SCALE))
-        inputs.append(rotate(source[place].astype(np.float32) * scale, rotation))
-        errors.append(rotate(error[place].astype(np.float32) * scale, rotation))
-        weights.append(weight / float(scale) ** 2)
-    return np.stack(inputs)[..., None], np.stack(errors)[..., None], np.array(weights, dtype=np.float32)
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the learning rate of a step: a short rise, then a cosine down to 0."""
-    rise = min(1.0, (step + 1) / 50)
-    return recipe.learning_rate * rise * 0.5 * (1 + np.cos(np.pi * step / recipe.steps))
-
-
-def train_network(
-    network: Any,
-    store: PairStore,
-    recipe: Recipe,
-    *,
-    first_step: int = 0,
-    on_step: Callable[[int, float], None],
-) -> None:
-    """Run the steps from `first_step` on; `on_step(step, loss)` is called after each."""
-    for step, (inputs, errors, weights) in _prefetched(store, recipe, first_step):
-        network.optimizer.learning_rate.assign(learning_rate(recipe, step))
-        # One weight a patch, shaped to broadcast alike in all back-ends.
-        loss = network.train_on_batch(inputs, errors, sample_weight=weights[:, None, None, None])
-        on_step(step + 1, float(np.asarray(loss).ravel()[0]))
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One denoised held-out map: errors to the target, and where the FSC to the target falls to 0.5."""
-
-    structure: str
-    resolution: float
-    error_to_wiener: float
-    crossing_wiener: float
-    crossing: float
-
-
-def judge(denoiser: Denoiser, rows: Sequence[PairRow]) -> Iterator[Judgement]:
-    """Denoise each pair's map and compare it, and the Wiener map, with the target."""
-    for row in rows:
-        noisy, target = read_pair(row)
-        wiener = weighted(noisy, row)
-        result = denoiser(wiener if denoiser.model.card.input == "regularised" else noisy)
-        before, after = (float(np.linalg.norm(volume.data - target.data)) for volume in (wiener, result))
-        frequency = np.arange(max(target.shape) // 2 + 1) / (max(target.shape) * target.voxel_size)
-        crossings = [
-            crossing_resolution(frequency, shell_correlation(volume.data, target.data), 0.5)
-            for volume in (wiener, result)
-        ]
-        yield Judgement(row.structure, row.resolution, after / before, crossings[0], crossings[1])
-
-
-def summarise(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """Return medians per bin of nominal resolution: error over the Wiener map's, gain of the 0.5 crossing."""
-    table = []
-    for low, high in zip(BINS[:-1], BINS[1:], strict=True):
-        inside = [item for item in judgements if low <= item.resolution < high]
-        if inside:
-            ratios = [item.error_to_wiener for item in inside]
-            gains = [item.crossing_wiener / item.crossing - 1 for item in inside]
-            table.append(
-                {
-                    "resolution": f"{low:g}-{high:g} A",
-                    "maps": len(inside),
-                    "median_error_to_wiener": round(float(np.median(ratios)), 3),
-                    "worst_error_to_wiener": round(float(np.max(ratios)), 3),
-                    "median_crossing_gain_percent": round(100 * float(np.median(gains)), 1),
-                }
-            )
-    return table
+CHECKPOINT = "checkpoint.npz"
+LOG = "training.csv"
+LOGS = "logs"  # TensorBoard's folder
 
 
 def train_files(
@@ -226,12 +51,16 @@ def train_files(
     *,
     validation: str | None = None,
     resume: bool = False,
+    skip_bad: bool = False,
+    cache: float | None = None,
+    checkpoint_every: float = 5.0,
+    plot: str | None = None,
+    tensorboard: bool = False,
     overwrite: bool = False,
     gpu: bool | None = None,
     threads: int | None = None,
-    checkpoint_every: int = 250,
     command: str = "",
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = lambda done, total, note: None,
 ) -> Model:
     """Train on the pairs of `tables` and write a model folder.
 
@@ -241,70 +70,107 @@ def train_files(
         Files pairs.star.
     folder : str
         Gets model.keras and card.json; training.csv and, until the end, the checkpoint.
+    recipe : Recipe
     validation : str, optional
-        pairs.star of structures that are not trained on; judged at the end for the card.
+        pairs.star of structures that are not trained on. The step that is best on a few patches of them is kept,
+        and judged on all of them for the card; without it the last step is kept.
     resume : bool
-        Go on from the folder's checkpoint: same recipe, same curve; `steps` alone may differ.
+        Go on from the folder's checkpoint: same recipe, same curve; the number of steps alone may differ.
+    skip_bad : bool
+        Leave out pairs that are missing or cannot be used.
+    cache : float, optional
+        GiB of pairs kept in memory; half of the free memory by default.
+    checkpoint_every : float
+        Minutes.
+    plot : str, optional
+        PNG of the curves.
+    tensorboard : bool
+        Write the curves for TensorBoard too, to the folder's logs/.
+    overwrite : bool
+        Replace a finished model.
+    gpu, threads
+        See `cryored.device.set_up`.
     command : str
         For the card.
+    progress : callable
+        See `cryored.training.loop.run`.
+
+    Returns
+    -------
+    Model
 
     Raises
     ------
-    InputError, ModelError
-        No pairs, differing pixel sizes, a patch that does not fit; a checkpoint of another recipe.
+    InputError, ModelError, OutputError
+        Pairs that cannot be used (`check_pairs`), none to train on or to validate on, validation structures that are
+        trained on, a patch that does not fit; a checkpoint of another recipe; a file that cannot be written.
     """
+    check_recipe(recipe)
     target = Path(folder)
-    rows = [row for table in tables for row in read_pairs(table)]
-    held_out = read_pairs(validation) if validation else []
-    shared = {row.structure for row in rows} & {row.structure for row in held_out}
-    if shared:
-        raise InputError(f"{validation}: {sorted(shared)[0]} is a training structure too; validate on others")
-    store = PairStore(rows, recipe.input)
-    first = read_pair(rows[0])[0]
-    if recipe.patch % 2**recipe.depth or recipe.patch > min(first.shape):
-        raise InputError(
-            f"patch {recipe.patch}, expected a multiple of {2**recipe.depth} (2**depth) up to the box of "
-            f"{min(first.shape)}; change --patch or --depth"
-        )
-    if (target / "card.json").exists() and not (overwrite or (resume and (target / _STATE).exists())):
+    checkpoint = target / CHECKPOINT
+    goes_on = resume and checkpoint.exists()
+    if plot is not None:
+        check_target(plot, overwrite or goes_on)
+    listed = [row for table in tables for row in read_pairs(table, keep_missing=skip_bad)]
+    held_out = read_pairs(validation, keep_missing=skip_bad) if validation else []
+    _check_lists(listed, held_out, ", ".join(tables), validation)
+    if (target / "card.json").exists() and not (overwrite or goes_on):
         raise InputError(f"{target}: holds a finished model already; add --overwrite to replace it")
+    rows, voxel_size = check_pairs(listed, recipe.patch, skip_bad=skip_bad, threads=threads)
+    if held_out:
+        held_out, other = check_pairs(held_out, recipe.patch, skip_bad=skip_bad, threads=threads)
+        if other != voxel_size:
+            raise InputError(f"{validation}: pixel size {other:g} A, expected {voxel_size:g} A as in {tables[0]}")
+    recipe = recipe.with_steps(len(rows))
+    truths = read_truths(rows) if recipe.synthesised else None
     target.mkdir(parents=True, exist_ok=True)
     device_name = device.set_up(gpu, threads)
-    network, done, seconds, losses = _start(target, recipe, resume)
-    log = _Log(target / _LOG, done)
-    begin = time.monotonic() - seconds
+    if recipe.mixed_precision and device_name == "torch, CPU":
+        raise ModelError(
+            "PyTorch pools no bfloat16 on a CPU; leave --mixed-precision out, or use a GPU or another KERAS_BACKEND"
+        )
+    scalars: Scalars = device.summary_writer(target / LOGS) if tensorboard else _nothing
+    with device.scope(recipe.batch_size):
+        network = build_network(recipe)
+        state = load_checkpoint(checkpoint, network, recipe) if goes_on else State()
+        names = validation or ""
+        if state.held_out != names:
+            state = dataclasses.replace(state, held_out=names, best_step=0, best=np.inf, best_weights=[])
+        synthesis = None
+        if truths is not None:
+            from cryored.training.synthesis import Synthesis
 
-    def on_step(step: int, loss: float) -> None:
-        losses.append(loss)
-        recent = float(np.mean(losses[-50:]))
-        progress(step, recipe.steps, f"loss {recent:.3f}")
-        if step % 10 == 0:
-            log.write(step, recent, learning_rate(recipe, step))
-        if step % checkpoint_every == 0 and step < recipe.steps:
-            _checkpoint(target, network, recipe, step, time.monotonic() - begin, losses[-50:])
-
-    train_network(network, store, recipe, first_step=done, on_step=on_step)
-    seconds = time.monotonic() - begin
+            synthesis = Synthesis(truths, voxel_size, patch=recipe.patch, input=recipe.input, seed=recipe.seed)
+        store = PairStore(rows, recipe.input, None if cache is None else int(cache * 2**30))
+        run(
+            network,
+            recipe,
+            batch_maker(recipe, store, synthesis),
+            state,
+            validation=Validation(held_out, recipe) if held_out else None,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            log=Log(target / LOG, state.step),
+            scalars=scalars,
+            threads=threads,
+            progress=progress,
+        )
+        weights = state.best_weights or network.get_weights()
+    network = build_unet(recipe.width, recipe.depth)  # in float32, without penalty, for one device
+    network.set_weights(weights)
     resolved = [row.resolution for row in rows if np.isfinite(row.resolution)] or [0.0]
     card = ModelCard(
         name=target.resolve().name,
         input=recipe.input,
-        pixel_size=first.voxel_size,
+        pixel_size=voxel_size,
         width=recipe.width,
         depth=recipe.depth,
         sha256="",
         resolution_range=(float(min(resolved)), float(max(resolved))),
-        training={
-            "pairs": len(rows),
-            "structures": len({row.structure for row in rows}),
-            "methods": sorted({row.method for row in rows}),
-            "patch": recipe.patch,
-            "batch_size": recipe.batch_size,
-            "steps": recipe.steps,
-            "learning_rate": recipe.learning_rate,
-            "seed": recipe.seed,
+        training=_account(recipe, rows, state)
+        | {
+            "pairs_left_out": len(listed) - len(rows),
             "parameters": int(network.count_params()),
-            "seconds": round(seconds),
             "device": f"{device_name}, {platform.machine()}",
             "command": command,
             "cryored": __version__,
@@ -312,77 +178,97 @@ def train_files(
     )
     model = save_model(target, network, card)
     if held_out:
-        table = summarise(list(judge(Denoiser(model, gpu=gpu, threads=threads), held_out)))
-        model = save_model(target, network, _with_evaluation(card, table, held_out))
-    for name in (_STATE, "training.json"):
-        (target / name).unlink(missing_ok=True)
+        table = summarise(list(judge(Denoiser(model, gpu=gpu, threads=threads), held_out, recipe.input)))
+        structures = sorted({row.structure for row in held_out})
+        card = dataclasses.replace(card, evaluation={"simulated_pairs": table, "structures": structures})
+        model = save_model(target, network, card)
+    if plot is not None:
+        draw_curves(plot, target / LOG, state.best_step)
+    checkpoint.unlink(missing_ok=True)
     return model
 
 
-def _with_evaluation(card: ModelCard, table: list[dict[str, Any]], rows: Sequence[PairRow]) -> ModelCard:
-    structures = sorted({row.structure for row in rows})
-    return dataclasses.replace(card, evaluation={"simulated_pairs": table, "structures": structures})
+def _check_lists(rows: list[PairRow], held_out: list[PairRow], tables: str, validation: str | None) -> None:
+    if not rows:
+        raise InputError(f"{tables}: no pairs to train on; make some with 'cryored simulate pairs'")
+    if validation and not held_out:
+        raise InputError(f"{validation}: no pairs to validate on; make some, or leave --validation out")
+    shared = {row.structure for row in rows} & {row.structure for row in held_out}
+    if shared:
+        raise InputError(f"{validation}: {sorted(shared)[0]} is a training structure too; validate on others")
 
 
-def _start(folder: Path, recipe: Recipe, resume: bool) -> tuple[Any, int, float, list[float]]:
-    """Return a compiled network, the steps it has done, the seconds they took and the losses of the last 50."""
-    import keras
+def read_truths(rows: Sequence[PairRow]) -> npt.NDArray[np.float32]:
+    """Read the truth maps that the rows name, each once: (n, z, y, x) in the order in which they come.
 
-    if resume and (folder / _STATE).exists():
-        state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        # Another number of steps is allowed: the learning rate goes on along the new, longer or shorter cosine.
-        if state["recipe"] != _as_text(recipe):
-            raise ModelError(
-                f"{folder}: its checkpoint is of another recipe ({state['recipe']}); resume with the same options or "
-                "choose another folder"
+    Raises
+    ------
+    InputError
+        No row names one; a map that cannot be read, or whose shape or voxel size is not that of the first.
+    """
+    names = list(dict.fromkeys(row.truth for row in rows if row.truth))
+    if not names:
+        raise InputError(
+            "the tables name no truth maps (_cryoredTruthMap), and --synthesise makes pairs of them; make pairs with "
+            "this version, or leave --synthesise out"
+        )
+    first = read_volume(names[0])
+    truths = np.empty((len(names), *first.shape), dtype=np.float32)
+    for place, name in zip(truths, names, strict=True):
+        volume = read_volume(name)
+        if volume.shape != first.shape or volume.voxel_size != first.voxel_size:
+            raise InputError(
+                f"{name}: {volume.shape} voxels of {volume.voxel_size:g} A, expected those of {names[0]}: "
+                f"{first.shape} voxels of {first.voxel_size:g} A"
             )
-        network = keras.saving.load_model(folder / _STATE)
-        return network, int(state["step"]), float(state["seconds"]), list(state.get("losses", []))
-    device.set_seed(recipe.seed)
-    network = build_unet(recipe.width, recipe.depth)
-    network.compile(optimizer=keras.optimizers.Adam(recipe.learning_rate), loss="mse", jit_compile=False)
-    return network, 0, 0.0, []
+        place[...] = volume.data
+    return truths
 
 
-def _checkpoint(folder: Path, network: Any, recipe: Recipe, step: int, seconds: float, losses: list[float]) -> None:
-    partial = folder / f".{_STATE}.keras"
-    network.save(partial)
-    partial.replace(folder / _STATE)
-    state = {"step": step, "seconds": seconds, "recipe": _as_text(recipe), "losses": losses}
-    write_text(folder / "training.json", json.dumps(state))
+def draw_curves(path: str, log: Path, best_step: int = 0) -> None:
+    """Draw loss and validation ratio of training.csv against the step, as a PNG.
+
+    Parameters
+    ----------
+    path : str
+    log : Path
+    best_step : int
+        Marked, unless it is 0.
+    """
+    from cryored.plotting import new_figure, save_figure
+
+    with log.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
+    for name, style in (("loss", {"linewidth": 0.9}), ("validation", {"marker": ".", "markersize": 4})):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.axhline(1, color="0.6", linewidth=0.8, linestyle="--")
+    if best_step:
+        axes.axvline(best_step, color="C1", linewidth=0.8, linestyle=":", label="kept")
+    axes.set(xlabel="step", ylabel="error over the Wiener map's", yscale="log")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
 
 
-def _as_text(recipe: Recipe) -> str:
-    items = dataclasses.asdict(recipe)
-    del items["steps"]
-    return ", ".join(f"{name}={value}" for name, value in items.items())
+def _account(recipe: Recipe, rows: Sequence[PairRow], state: State) -> dict[str, Any]:
+    """Return what the card tells of the training, beside program and machine."""
+    options = dataclasses.asdict(recipe)
+    for name in ("width", "depth", "input", "epochs", "validate_every"):
+        del options[name]
+    kept = {"kept_step": state.best_step, "validation_loss_to_wiener": round(state.best, 4)} if state.best_step else {}
+    return {
+        "pairs": len(rows),
+        "structures": len({row.structure for row in rows}),
+        "methods": sorted({row.method for row in rows}),
+        **options,
+        "steps": state.step,
+        **kept,
+        "seconds": round(state.seconds),
+    }
 
 
-class _Log:
-    """training.csv: step, loss (mean of 50 steps, 1 = the Wiener map's error) and learning rate."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        """Begin a table, or go on after step `done`: what a killed run wrote after its checkpoint comes again."""
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines()[1:] if done and path.exists() else []
-        kept = [line for line in lines if int(line.split(",")[0]) <= done]
-        path.write_text("\n".join(["step,loss,learning_rate", *kept]) + "\n", encoding="utf-8")
-
-    def write(self, step: int, loss: float, rate: float) -> None:
-        with self._path.open("a", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerow([step, f"{loss:.5f}", f"{rate:.3e}"])
-
-
-def _prefetched(store: PairStore, recipe: Recipe, first_step: int) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
-    """Yield (step, batch) while a thread prepares the next ones."""
-    ahead = 4
-    with ThreadPoolExecutor(1) as executor:
-        pending = [
-            executor.submit(draw_batch, store, recipe, step)
-            for step in range(first_step, min(first_step + ahead, recipe.steps))
-        ]
-        for step in range(first_step, recipe.steps):
-            batch = pending.pop(0).result()
-            if step + ahead < recipe.steps:
-                pending.append(executor.submit(draw_batch, store, recipe, step + ahead))
-            yield step, batch
+def _nothing(step: int, values: dict[str, float]) -> None:
+    """Stand for a TensorBoard log that nobody asked for."""

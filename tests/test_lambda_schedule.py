@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.lambda_schedule import Schedule, linear_schedule, read_schedule, source_resolution
+from cryored.lambda_schedule import Schedule, linear_schedule, model_schedule, read_schedule, source_resolution
+from cryored.models import Model, ModelCard, write_card
 
 DATA = Path(__file__).parent / "data"
 PKA = DATA / "postprocess_pka"
@@ -144,6 +145,25 @@ def test_a_missing_schedule_file(tmp_path):
         read_schedule(tmp_path / "none.json")
 
 
+def model_with(folder, schedule):
+    folder.mkdir()
+    card = ModelCard("prior", "regularised", 1.5, 2, 2, "", (3.0, 18.0), schedule=schedule)
+    write_card(folder, card)
+    return Model(folder, card)
+
+
+def test_the_schedule_of_a_model(tmp_path):
+    fitted = {"resolution": [5, 9.6, 15], "lambda": [1.0, 0.7, 0.0], "pairs": 40}
+    schedule = model_schedule(model_with(tmp_path / "fitted", fitted))
+    assert schedule == Schedule((5.0, 9.6, 15.0), (1.0, 0.7, 0.0))
+    assert schedule.source == str(tmp_path / "fitted" / "card.json")
+    without = model_schedule(model_with(tmp_path / "without", {}))
+    assert without == Schedule()
+    assert without.source == "the paper's line"
+    with pytest.raises(InputError, match="card.json: no schedule .*lambda"):
+        model_schedule(model_with(tmp_path / "broken", {"resolution": [4, 5]}))
+
+
 # The shells of the recordings: 96 A over the number of the last one above 0.143.
 SOURCES = [
     (PKA / "postprocess.star", 96 / 27),
@@ -238,6 +258,13 @@ def test_a_stored_schedule(run, tmp_path):
     assert refused.stderr.count("\n") == 1
 
 
+def test_a_models_schedule(run, tmp_path):
+    model_with(tmp_path / "fitted", {"resolution": [5, 10], "lambda": [1, 0.5]})
+    assert run("--resolution", 7, "--model", tmp_path / "fitted").stdout == "0.8\n"
+    model_with(tmp_path / "without", {})
+    assert run("--resolution", 7.25, "--model", tmp_path / "without").stdout == "0.5\n"
+
+
 def test_draws(run, tmp_path):
     for number, arguments in enumerate((["--resolution", 7.25], ["--resolution", "inf"], [PKA / "postprocess.star"])):
         path = tmp_path / f"{number}.png"
@@ -263,7 +290,10 @@ def test_draws(run, tmp_path):
         (["--resolution", "good"], "--resolution"),
         ([REQUEST, "--angpix", 0], "--angpix"),
         (["--resolution", 5, "--plot", "-"], "--plot needs the name of a file"),
-        (["--resolution", 5, "--schedule", "s.json", "--low", 8], "--schedule"),
+        ([REQUEST, REQUEST], "give either a table or --resolution"),
+        (["--resolution", 5, "--schedule", "s.json", "--low", 8], "--schedule and --model stand for --low and --high"),
+        (["--resolution", 5, "--schedule", "s.json", "--model", "starter"], "give one of the three"),
+        (["--resolution", 5, "--model", "starter", "--high", 4], "give one of the three"),
     ],
 )
 def test_usage_errors(run, arguments, message):
@@ -277,6 +307,7 @@ def test_usage_errors(run, arguments, message):
     ("arguments", "message"),
     [
         (["none.tsv"], "none.tsv: cannot be read: No such file or directory"),
+        (["--resolution", 5, "--model", "none"], "no model named 'none'"),
         (["--resolution", 5, "--low", 3], "--high 4.5 and --low 3 A: expected 0 < high < low"),
         (["--resolution", "nan"], "resolution nan A, expected a positive number"),
         (["--resolution", 5, "--plot", "no/such.png"], "no/such.png: the folder no does not exist; create it first"),

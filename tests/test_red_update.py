@@ -248,6 +248,38 @@ def test_a_stored_schedule(project):
     assert_refused(job.run("--schedule", "none.json"), "none.json: cannot be read")
 
 
+def test_the_schedule_of_the_models_card(project, tmp_path):
+    """Lambda auto follows it; paper, a file and a number do not."""
+    job = project()  # 7.4 A
+    write_card(tmp_path / "model", schedule={"resolution": [6, 12], "lambda": [0.9, 0.3], "pairs": 50})
+    Path("s.json").write_text('{"resolution": [6, 9], "lambda": [0.8, 0.2]}')
+    for arguments, lam, source in [
+        ([], 0.9 - 0.6 * (96 / 13 - 6) / 6, "../model/card.json"),
+        (["--lambda", "auto"], 0.9 - 0.6 * (96 / 13 - 6) / 6, "../model/card.json"),
+        (["--lambda", "paper"], Schedule()(96 / 13), "the paper's line"),
+        (["--schedule", "s.json"], 0.8 - 0.6 * (96 / 13 - 6) / 3, "s.json"),
+        (["--lambda", 0.25], 0.25, None),
+    ]:
+        record = json.loads(job.run("--check", *arguments).stdout)
+        assert record["lambda"] == round(lam, 4)
+        assert record["schedule"] == source
+    write_card(tmp_path / "model", schedule={"resolution": [6, 12], "lambda": [0.9]})
+    assert_refused(job.run("--check"), "../model/card.json: no schedule")
+    assert job.run("--check", "--lambda", "paper").exit_code == 0
+
+
+def test_the_log_names_the_schedule(project, tmp_path):
+    job = project(*SMALL)  # 10.8 A
+    nothing = {"resolution": [5, 20], "lambda": [0, 0]}
+    for schedule, source in [({}, "the paper's line"), (nothing, "../model/card.json")]:
+        write_card(tmp_path / "model", schedule=schedule)
+        done = job.run()
+        assert f"lambda 0.000 at 10.80 A by {source}, CPU, no network" in done.stderr
+        assert job.records()[-1]["schedule"] == source
+    assert job.run("--lambda", 0).exit_code == 0
+    assert job.records()[-1]["schedule"] is None
+
+
 def test_threads_do_not_change_the_result(project):
     job = project(*SMALL)
     for threads in (1, 4):
@@ -432,7 +464,7 @@ def test_the_environment_stands_for_options(project, monkeypatch):
     monkeypatch.setenv("CRYORED_RED_UPDATE_LAMBDA", "2")
     refused = job.run("--check")
     assert refused.exit_code == 2
-    assert "'2' is neither auto nor a number between 0 and 1" in refused.stderr
+    assert "'2' is not auto, paper or a number between 0 and 1" in refused.stderr
 
 
 def test_a_model_by_name(project, monkeypatch):
@@ -630,13 +662,14 @@ def test_the_wrong_folder(project, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lambda", "1.5"], "'1.5' is neither auto nor a number between 0 and 1"),
-        (["--lambda", "nan"], "'nan' is neither auto nor a number between 0 and 1"),
-        (["--lambda", "some"], "'some' is neither auto nor a number between 0 and 1"),
+        (["--lambda", "1.5"], "'1.5' is not auto, paper or a number between 0 and 1"),
+        (["--lambda", "nan"], "'nan' is not auto, paper or a number between 0 and 1"),
+        (["--lambda", "some"], "'some' is not auto, paper or a number between 0 and 1"),
         (["--angpix", "0"], "--angpix"),
         (["--threads", "0"], "--threads"),
         (["-o", "-", "--unregularised", "-"], "only one of --output and --unregularised can be '-'"),
         (["--lambda", "0.5", "--schedule", "s.json"], "--schedule is for --lambda auto"),
+        (["--lambda", "paper", "--schedule", "s.json"], "--schedule is for --lambda auto"),
     ],
 )
 def test_usage_errors(project, arguments, message):

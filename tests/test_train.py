@@ -1,9 +1,11 @@
-"""Training: batches, curves that do not depend on interruptions, and the model folder at the end."""
+"""Training: the tool from tables to the model folder, interruptions, and the command."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -13,43 +15,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from small_pairs import ANGPIX, BOX, TINY, write_tables
 
-from cryored import __version__
+from cryored import __version__, device
 from cryored.cli import cli
 from cryored.denoise import Denoiser
-from cryored.errors import InputError, ModelError
-from cryored.fourier import apply_shells
+from cryored.errors import CryoredError, InputError, ModelError
 from cryored.models import check_weights, find_model, load_network
 from cryored.mrc import read_volume, write_volume
-from cryored.resample import fourier_resize
-from cryored.simulate.pair_table import PairRow, read_pairs, write_pairs
-from cryored.train import Judgement, PairStore, Recipe, draw_batch, learning_rate, summarise, train_files
-from cryored.volume import Volume, soft_sphere
+from cryored.simulate.pair_table import read_pairs, write_pairs
+from cryored.train import read_truths, train_files
+from cryored.training.loop import Recipe, Validation
+from cryored.volume import Volume
 
 # Keras asks TensorFlow's variables for numpy arrays in the way of numpy 1.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-
-BOX, ANGPIX = 16, 3.0
-TINY = Recipe(width=2, depth=1, patch=8, batch_size=3, steps=24, learning_rate=1e-2)
-
-
-def write_tables(folder, name, structures, *, box=BOX, angpix=ANGPIX, share=0.5):
-    """Write pairs whose target is `share` of a smooth map, beside noise that a network can tell from it."""
-    rows = []
-    for number, structure in enumerate(structures):
-        rng = np.random.default_rng([number, *structure.encode()])
-        smooth = fourier_resize(rng.standard_normal((6, 6, 6)), (box,) * 3) * soft_sphere((box,) * 3, box / 3, 3)
-        for half in (1, 2):
-            noisy = (smooth + 0.3 * rng.standard_normal((box,) * 3)).astype(np.float32)
-            paths = [str(folder / f"{structure}_{number}_half{half}_{kind}.mrc") for kind in ("noisy", "target")]
-            for path, data in zip(paths, (noisy, share * smooth), strict=True):
-                write_volume(path, Volume(data.astype(np.float32), angpix), label="test")
-            fsc = np.linspace(1, -0.1, box // 2 + 1)
-            rows.append(PairRow(*paths, structure, half, 5.0 + number, fsc, "gaussian", 0))
-    write_pairs(folder / name, rows, made_by="test")
-    return str(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -65,69 +47,12 @@ def train(tables, folder, recipe=TINY, **options):
 @pytest.fixture(scope="module")
 def uninterrupted(tables, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "prior"
-    train(tables, folder, validation=tables[1], checkpoint_every=10, command="cryored train train.star")
+    train(tables, folder, validation=tables[1], command="cryored train train.star")
     return folder
 
 
 def weights_of(folder):
     return [np.asarray(weight) for weight in load_network(find_model(str(folder))).get_weights()]
-
-
-# Batches
-
-
-def test_a_batch_depends_on_the_step_alone(tables):
-    rows = read_pairs(tables[0])
-    store = PairStore(rows, "regularised")
-    draw_batch(store, TINY, 3)
-    first, again = draw_batch(store, TINY, 7), draw_batch(PairStore(rows, "regularised"), TINY, 7)
-    for a, b in zip(first, again, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert np.any(first[0] != draw_batch(store, TINY, 8)[0])
-    assert np.any(first[0] != draw_batch(store, replace(TINY, seed=1), 7)[0])
-    inputs, errors, weights = first
-    assert inputs.shape == errors.shape == (3, 8, 8, 8, 1)
-    assert weights.shape == (3,)
-    assert {array.dtype for array in first} == {np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize("kind", ["regularised", "unregularised"])
-def test_inputs_minus_errors_are_the_target(tables, kind):
-    row = read_pairs(tables[0])[2]
-    source, error, weight = PairStore([row], kind)[0]
-    noisy, target = read_volume(row.noisy).data, read_volume(row.target).data
-    wiener = apply_shells(noisy, np.clip(row.fsc, 0, 1))
-    shown = wiener if kind == "regularised" else noisy
-    # Both are standardised by one scale; level and deviation of the input. float16 keeps 11 bits.
-    deviation = np.linalg.norm(shown - target) / np.linalg.norm(error.astype(np.float64))
-    level = np.mean(shown - source.astype(np.float64) * deviation)
-    found = source.astype(np.float64) * deviation + level
-    np.testing.assert_allclose(found, shown, atol=1e-3 * np.abs(shown).max())
-    np.testing.assert_allclose(error.astype(np.float64) * deviation, shown - target, atol=1e-3 * np.abs(shown).max())
-    # A network that answers 0 for the Wiener map has loss 1, whatever the resolution.
-    assert weight * np.mean(((wiener - target) / deviation) ** 2) == pytest.approx(1, rel=1e-2)
-
-
-def test_the_loss_counts_molecules_of_any_size_alike(tables):
-    """The random grey scale is in inputs and errors, and the weight takes it out again."""
-    store = PairStore(read_pairs(tables[0])[:1], "regularised")
-    inputs, errors, weights = draw_batch(store, replace(TINY, patch=BOX, batch_size=64), 0)
-    scales = np.sqrt(store[0][2] / weights)
-    assert 0.5 <= scales.min() < 0.6
-    assert 1.4 < scales.max() <= 1.5
-    losses = weights * np.mean(errors[..., 0] ** 2, axis=(1, 2, 3))
-    np.testing.assert_allclose(losses, 1, rtol=1e-2)  # float16
-    assert len({array.tobytes() for array in (inputs / scales[:, None, None, None, None]).round(2)}) > 20  # turned
-
-
-def test_the_learning_rate_rises_and_falls():
-    recipe = replace(TINY, steps=1000, learning_rate=2e-3)
-    rates = [learning_rate(recipe, step) for step in range(1000)]
-    assert rates[0] == pytest.approx(2e-3 / 50)
-    assert max(rates) == pytest.approx(2e-3, rel=0.01)
-    assert np.all(np.diff(rates[:49]) > 0)
-    assert np.all(np.diff(rates[50:]) < 0)
-    assert rates[-1] < 1e-7
 
 
 # A run
@@ -137,8 +62,12 @@ def test_the_loss_falls(tmp_path):
     """All of the map is error: the network has to hand on its input. It starts with the loss of the Wiener map."""
     table = write_tables(tmp_path, "nothing.star", ["a"], share=0.0)
     losses = []
-    recipe = Recipe(width=4, depth=1, patch=BOX, batch_size=1, steps=100, learning_rate=5e-2)
-    train([table], tmp_path / "prior", recipe, progress=lambda done, total, note: losses.append(float(note.split()[1])))
+    recipe = Recipe(width=4, depth=1, patch=BOX, batch_size=1, steps=100, learning_rate=5e-2, schedule="cosine")
+
+    def note_loss(done, total, note):
+        losses.append(float(note.split()[1].rstrip(",")))
+
+    train([table], tmp_path / "prior", recipe, progress=note_loss)
     assert len(losses) == 100
     assert losses[0] == pytest.approx(1, rel=0.01)  # pairs are kept as float16
     assert losses[-1] < losses[49] < 0.7  # means of 50 steps
@@ -166,26 +95,38 @@ def killed_at(step):
 def test_a_killed_run_goes_on_to_the_same_weights(tables, tmp_path, uninterrupted):
     folder = tmp_path / "prior"
     with pytest.raises(Killed):
-        train(tables, folder, checkpoint_every=8, progress=killed_at(22))
-    assert not (folder / "card.json").exists()
-    assert json.loads((folder / "training.json").read_text())["step"] == 16
+        train(tables, folder, validation=tables[1], checkpoint_every=0, progress=killed_at(17))
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.npz", "training.csv"]
     steps = []
-    train(tables, folder, resume=True, checkpoint_every=8, progress=lambda done, *_: steps.append(done))
+    train(tables, folder, validation=tables[1], resume=True, progress=lambda done, *_: steps.append(done))
     assert steps == list(range(17, 25))
     found, expected = weights_of(folder), weights_of(uninterrupted)
     assert len(found) == len(expected) > 10
     for a, b in zip(found, expected, strict=True):
         # The same sums, but threads may split them otherwise: rounding that 24 steps of Adam carry on.
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    # 10 and 20; step 20 was written before the kill, too, and the mean of the last 50 losses goes on.
-    curves = [np.genfromtxt(path / "training.csv", delimiter=",", skip_header=1) for path in (folder, uninterrupted)]
-    assert curves[0][:, 0].tolist() == [10, 20]
-    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-3)
+    assert curve_of(folder)["step"] == [8, 10, 16, 20, 24]
+    for name, values in curve_of(uninterrupted).items():
+        np.testing.assert_allclose(curve_of(folder)[name], values, rtol=1e-3)
+
+
+def curve_of(folder):
+    with (folder / "training.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: [float(row[name] or -1) for row in rows] for name in rows[0]}
+
+
+def test_the_best_of_other_validation_pairs_does_not_count(tables, tmp_path):
+    with pytest.raises(Killed):
+        train(tables, tmp_path, validation=tables[1], checkpoint_every=0, progress=killed_at(20))
+    other = write_tables(tmp_path, "other.star", ["f"])
+    model = train(tables, tmp_path, validation=other, resume=True)
+    assert model.card.training["kept_step"] == 24
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tables, tmp_path):
     with pytest.raises(Killed):
-        train(tables, tmp_path, checkpoint_every=2, progress=killed_at(3))
+        train(tables, tmp_path, checkpoint_every=0, progress=killed_at(3))
     with pytest.raises(ModelError, match=r"its checkpoint is of another recipe \(.*width=2.*\); resume with the same"):
         train(tables, tmp_path, replace(TINY, width=1), resume=True)
     steps = []  # their number alone may be another
@@ -213,9 +154,31 @@ def test_a_finished_model_is_neither_replaced_nor_resumed_unasked(tables, uninte
 def test_what_is_left_in_the_folder(uninterrupted):
     assert sorted(path.name for path in uninterrupted.iterdir()) == ["card.json", "model.keras", "training.csv"]
     lines = (uninterrupted / "training.csv").read_text().splitlines()
-    assert lines[0] == "step,loss,learning_rate"
-    assert len(lines) == 3  # steps 10 and 20
-    assert all(len(line.split(",")) == 3 for line in lines)
+    assert lines[0] == "step,loss,validation,learning_rate"
+    assert [line.split(",")[0] for line in lines[1:]] == ["8", "10", "16", "20", "24"]
+    assert [line.split(",")[2] != "" for line in lines[1:]] == [True, False, True, False, True]
+
+
+def test_the_best_step_is_kept(tables, tmp_path):
+    """A rate that spoils the network: what is kept is the best step of the curve, and not the last."""
+    recipe = replace(TINY, steps=12, schedule="constant", learning_rate=0.3, validate_every=2)
+    model = train(tables, tmp_path / "prior", recipe, validation=tables[1])
+    curve = curve_of(tmp_path / "prior")
+    values = {step: value for step, value in zip(curve["step"], curve["validation"], strict=True) if value > 0}
+    best = min(values, key=values.get)
+    assert best < 12
+    assert model.card.training["kept_step"] == best
+    assert model.card.training["validation_loss_to_wiener"] == pytest.approx(values[best], abs=1e-4)
+    again = Validation(read_pairs(tables[1]), recipe)(load_network(model))
+    assert again == pytest.approx(values[best], rel=1e-3)
+
+
+def test_the_model_is_plain_whatever_trained_it(tables, tmp_path):
+    """Neither penalty nor bfloat16 stay in the file."""
+    recipe = replace(TINY, steps=2, mixed_precision=True, l2=0.1)
+    network = load_network(train(tables, tmp_path / "prior", recipe))
+    assert network.losses == []
+    assert {layer.compute_dtype for layer in network.layers} == {"float32"}
 
 
 def test_the_card(uninterrupted, tables):
@@ -227,34 +190,56 @@ def test_the_card(uninterrupted, tables):
     training = card.training
     assert training["command"] == "cryored train train.star"
     assert training["cryored"] == __version__
+    assert training["kept_step"] in (8, 16, 24)
+    assert training["pairs_left_out"] == 0
     assert training["parameters"] == load_network(model).count_params() > 0
     assert (training["pairs"], training["structures"], training["methods"]) == (6, 3, ["gaussian"])
-    for name in ("patch", "batch_size", "steps", "learning_rate", "seed"):
+    for name in ("patch", "batch_size", "steps", "learning_rate", "schedule", "loss", "l2", "synthesise", "seed"):
         assert training[name] == getattr(TINY, name)
     assert training["device"].startswith(("CPU", "torch", "jax"))
     assert card.evaluation["structures"] == ["d", "e"]
-    (row_a, row_b) = card.evaluation["simulated_pairs"]
-    assert (row_a["resolution"], row_a["maps"]) == ("4.5-6 A", 2)
-    assert (row_b["resolution"], row_b["maps"]) == ("6-8 A", 2)
-    assert row_a["median_error_to_wiener"] <= row_a["worst_error_to_wiener"]
+    assert [row["maps"] for row in card.evaluation["simulated_pairs"]] == [2, 2, 4]
 
 
-def test_the_table_of_judgements():
-    rows = [
-        Judgement("a", 3.9, 0.8, 4.0, 3.2),
-        Judgement("b", 4.4, 0.9, 4.4, 4.0),
-        Judgement("c", 4.5, 1.1, 5.0, 5.0),
-        Judgement("d", np.inf, 0.5, 20.0, 10.0),
-    ]
-    table = summarise(rows[:3])
-    assert [row["resolution"] for row in table] == ["0-4.5 A", "4.5-6 A"]
-    assert table[0] == {
-        "resolution": "0-4.5 A",
-        "maps": 2,
-        "median_error_to_wiener": 0.85,
-        "worst_error_to_wiener": 0.9,
-        "median_crossing_gain_percent": 17.5,
-    }
+def test_the_curves_are_drawn(tables, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "curves.png"
+    train(tables, tmp_path / "prior", replace(TINY, steps=8), validation=tables[1], plot=str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(CryoredError, match="curves.png: exists already; add --overwrite to replace it"):
+        train(tables, tmp_path / "other", TINY, plot=str(plot))
+    assert not (tmp_path / "other").exists()
+
+
+def test_tensorboard_gets_the_curves(tables, tmp_path):
+    import tensorflow as tf
+    from tensorflow.core.util import event_pb2
+
+    train(tables, tmp_path, replace(TINY, steps=10), validation=tables[1], tensorboard=True)
+    (path,) = (tmp_path / "logs").iterdir()
+    events = [event_pb2.Event.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(path))]
+    found = {(value.tag, event.step): value for event in events for value in event.summary.value}
+    expected = {(name, step) for name in ("loss", "validation", "learning_rate") for step in (8, 10)}
+    assert set(found) == expected
+    loss = found["loss", 10]
+    number = float(tf.make_ndarray(loss.tensor)) if loss.HasField("tensor") else loss.simple_value
+    assert number == pytest.approx(curve_of(tmp_path)["loss"][-1], abs=1e-5)
+
+
+def test_tensorboard_without_anything_that_writes_for_it(tmp_path, monkeypatch):
+    for name in ("tensorboardX", "tensorflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModelError, match="--tensorboard needs tensorboardX or TensorFlow: pip install 'cryored"):
+        device.summary_writer(tmp_path)
+
+
+def test_pairs_are_made_of_the_truths(tables, tmp_path):
+    rows = read_pairs(tables[0])
+    truths = read_truths(rows)
+    assert truths.shape == (3, BOX, BOX, BOX)  # one for both halves
+    np.testing.assert_array_equal(truths[1], read_volume(rows[2].truth).data)
+    model = train(tables, tmp_path / "prior", replace(TINY, steps=2, synthesise=0.5))
+    assert model.card.training["synthesise"] == 0.5
 
 
 # What does not fit
@@ -267,37 +252,76 @@ def test_validation_structures_are_not_trained_on(tables, tmp_path):
     assert not (tmp_path / "prior").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"patch": 9}, r"patch 9, expected a multiple of 2 \(2\*\*depth\) up to the box of 16; change --patch or"),
-        ({"patch": 12, "depth": 3}, "patch 12, expected a multiple of 8"),
-        ({"patch": 32}, "patch 32, expected a multiple of 2 .* up to the box of 16"),
-    ],
-)
-def test_patches_that_do_not_fit(tables, tmp_path, changes, message):
-    with pytest.raises(InputError, match=message):
-        train(tables, tmp_path / "prior", replace(TINY, **changes))
+def test_patches_that_do_not_fit(tables, tmp_path):
+    with pytest.raises(InputError, match=r"patch 9, expected a multiple of 2 \(2\*\*depth\); change --patch or"):
+        train(tables, tmp_path / "prior", replace(TINY, patch=9))
+    with pytest.raises(InputError, match=r"noisy.mrc: a box of 16, below --patch 32 \(6 of 6 pairs cannot be used"):
+        train(tables, tmp_path / "prior", replace(TINY, patch=32))
     assert not (tmp_path / "prior").exists()
 
 
-def test_tables_of_other_pixel_sizes_or_smaller_boxes(tables, tmp_path):
+def test_bad_pairs_are_refused_or_left_out(tmp_path, caplog):
+    table = write_tables(tmp_path, "train.star", ["a", "b"])
+    rows = read_pairs(table)
+    os.unlink(rows[1].noisy)
+    write_volume(rows[2].target, Volume(np.zeros((8, 8, 8), dtype=np.float32), ANGPIX), label="test")
+    with pytest.raises(InputError, match="train.star: 1 maps of the table are missing, the first is .*a_0_half2_noisy"):
+        train([table], tmp_path / "prior")
+    assert not (tmp_path / "prior").exists()
+    with caplog.at_level(logging.WARNING, "cryored"):
+        model = train([table], tmp_path / "prior", replace(TINY, steps=1), skip_bad=True)
+    assert "2 of 4 pairs are left out, the first: " in caplog.text
+    assert (model.card.training["pairs"], model.card.training["pairs_left_out"]) == (2, 2)
+
+
+def test_tables_without_pairs_or_of_other_pixel_sizes(tables, tmp_path):
+    write_pairs(tmp_path / "empty.star", [], made_by="test")
+    empty = str(tmp_path / "empty.star")
+    with pytest.raises(InputError, match="empty.star: no pairs to train on; make some with 'cryored simulate pairs'"):
+        train([empty], tmp_path / "prior")
+    with pytest.raises(InputError, match="empty.star: no pairs to validate on; make some, or leave --validation out"):
+        train(tables, tmp_path / "prior", validation=empty)
     coarse = write_tables(tmp_path, "coarse.star", ["x", "y"], angpix=4.0)
+    with pytest.raises(InputError, match="coarse.star: pixel size 4 A, expected 3 A as in .*train.star"):
+        train(tables, tmp_path / "prior", validation=coarse)
     with pytest.raises(InputError, match="noisy.mrc: pixel size 4 A, expected 3 A as in .*; train on pairs of one"):
-        train_files([tables[0], coarse], str(tmp_path / "a"), replace(TINY, batch_size=16), gpu=False)
-    small = write_tables(tmp_path, "small.star", ["v", "w"], box=10)
-    with pytest.raises(InputError, match="noisy.mrc: a box of 10, below --patch 16"):
-        train_files([tables[0], small], str(tmp_path / "b"), replace(TINY, patch=16, batch_size=16), gpu=False)
+        train_files([tables[0], coarse], str(tmp_path / "prior"), TINY, gpu=False)
 
 
-def test_a_pair_of_different_shapes(tables, tmp_path):
-    row = read_pairs(tables[0])[0]
-    write_volume(tmp_path / "target.mrc", Volume(np.zeros((8, 8, 8), dtype=np.float32), ANGPIX), label="test")
-    store = PairStore([replace(row, target=str(tmp_path / "target.mrc"))], "regularised")
-    with pytest.raises(InputError, match=r"target.mrc: \(8, 8, 8\) voxels of 3.0 A, expected those of .*noisy.mrc"):
-        store[0]
-    with pytest.raises(InputError, match="no pairs to train on"):
-        PairStore([], "regularised")
+def test_truths_that_are_not_there_or_do_not_fit(tables, tmp_path):
+    rows = read_pairs(tables[0])
+    with pytest.raises(InputError, match=r"the tables name no truth maps \(_cryoredTruthMap\), and --synthesise makes"):
+        read_truths([replace(row, truth=None) for row in rows])
+    write_volume(tmp_path / "small.mrc", Volume(np.ones((8, 8, 8), dtype=np.float32), ANGPIX), label="test")
+    with pytest.raises(InputError, match=r"small.mrc: \(8, 8, 8\) voxels of 3 A, expected those of .*a_0_truth.mrc"):
+        read_truths([rows[0], replace(rows[1], truth=str(tmp_path / "small.mrc"))])
+
+
+def test_a_full_disk_while_the_model_is_saved(tables, tmp_path):
+    """The checkpoint stays, and training goes on from it to its end once there is room."""
+    script = (
+        "import resource\n"
+        "from cryored import train\n"
+        "from cryored.cli import main\n"
+        "save = train.save_model\n"
+        "def limited(*arguments):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "    return save(*arguments)\n"
+        "train.save_model = limited\n"
+        "main()\n"
+    )
+    options = "--steps 2 --width 2 --depth 1 --patch 8 --batch-size 2 --cpu -q"
+    command = [sys.executable, "-c", script, *shlex.split(f"train {tables[0]} -o prior {options}")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr == "cryored: error: prior/model.keras: cannot be written: File too large\n"
+    left = {path.name for path in (tmp_path / "prior").iterdir()}
+    assert left == {"checkpoint.npz", "training.csv"}
+    steps = []
+    recipe = Recipe(width=2, depth=1, patch=8, batch_size=2, steps=2)
+    model = train(tables, tmp_path / "prior", recipe, resume=True, progress=lambda done, *_: steps.append(done))
+    assert steps == []
+    check_weights(model)
 
 
 def test_a_gpu_that_is_not_there(tables, tmp_path):
@@ -314,40 +338,54 @@ def test_a_gpu_that_is_not_there(tables, tmp_path):
 
 def test_the_example_of_the_help_runs(tables, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs").mkdir()
-    write_tables(tmp_path / "pairs", "pairs.star", ["a"])
+    for folder, structure in (("pairs", "a"), ("held_out", "d")):
+        (tmp_path / folder).mkdir()
+        write_tables(tmp_path / folder, "pairs.star", [structure])
     write_volume("map.mrc", read_volume(read_pairs(tables[0])[0].noisy), label="test")
     runner = CliRunner()
     text = runner.invoke(cli, ["train", "--help"]).stdout
     commands = [shlex.split(line)[1:] for line in text.splitlines() if line.strip().startswith("cryored ")]
-    assert [words[0] for words in commands] == ["train", "denoise"]
-    small = ["--steps", "2", "--width", "1", "--depth", "1", "--patch", "8", "--cpu", "--validation", tables[1]]
+    assert [words[0] for words in commands] == ["train", "denoise", "train"]
+    small = ["--steps", "2", "--width", "1", "--depth", "1", "--patch", "8", "--cpu"]
     monkeypatch.setattr(sys, "argv", ["cryored", *commands[0]])
     done = runner.invoke(cli, [*commands[0], *small])
     assert done.exit_code == 0, done.output
     assert done.stdout == "my_prior\n"
     assert "steps: 2 of 2 loss " in done.stderr
+    assert "validation " in done.stderr
     rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert [row["maps"] for row in rows] == [2, 2]
     assert find_model("./my_prior").card.training["command"] == "cryored " + shlex.join(commands[0])
     done = runner.invoke(cli, [*commands[1], "--cpu"])
     assert done.exit_code == 0, done.output
     assert read_volume("denoised.mrc").shape == (BOX, BOX, BOX)
+    done = runner.invoke(cli, [*commands[2], "--cpu"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("resolution\t")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
-def test_another_engine(tables, tmp_path):
-    """PyTorch trains a network that TensorFlow runs to the same map."""
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+def test_epochs_or_steps():
+    done = CliRunner().invoke(cli, ["train", "x.star", "-o", "prior", "--epochs", "1", "--steps", "1"])
+    assert done.exit_code == 2
+    assert "--epochs and --steps exclude each other" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_another_engine(tables, tmp_path, engine):
+    """Another engine trains a network that TensorFlow runs to the same map."""
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip(f"{engine} is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": engine}
     noisy = read_pairs(tables[0])[0].noisy
-    small = "--steps 12 --width 2 --depth 1 --patch 8 --cpu --threads 1 -q"
-    for line in (f"train {tables[0]} -o prior {small}", f"denoise {noisy} -o torch.mrc --model ./prior --threads 1 -q"):
+    small = "--steps 12 --width 2 --depth 1 --patch 8 --batch-size 4 --learning-rate 1e-2 --cpu --threads 1 -q"
+    small += f" --synthesise 0.25 --validation {tables[1]}"
+    for line in (f"train {tables[0]} -o prior {small}", f"denoise {noisy} -o found.mrc --model ./prior --threads 1 -q"):
         command = [sys.executable, "-m", "cryored", *shlex.split(line)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        assert [text for text in done.stderr.splitlines() if not text.startswith("{")] == []
     model = find_model(str(tmp_path / "prior"))
-    assert model.card.training["device"].startswith("torch")
-    expected, found = Denoiser(model, gpu=False)(read_volume(noisy)).data, read_volume(tmp_path / "torch.mrc").data
+    assert model.card.training["device"].startswith(engine)
+    expected, found = Denoiser(model, gpu=False)(read_volume(noisy)).data, read_volume(tmp_path / "found.mrc").data
     assert np.linalg.norm(expected - read_volume(noisy).data) > 0  # it has learnt something
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())  # float32 sums in another order

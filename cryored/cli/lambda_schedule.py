@@ -9,7 +9,7 @@ from cryored.cli import options
 
 
 @click.command("lambda-schedule")
-@click.argument("source", type=options.PATH, required=False, metavar="[TABLE]")
+@click.argument("sources", type=options.PATH, nargs=-1, metavar="[TABLE | PAIRS.star...]")
 @click.option(
     "--resolution",
     type=click.FloatRange(min=0, min_open=True),
@@ -23,49 +23,108 @@ from cryored.cli import options
     "--high", type=float, default=4.5, show_default=True, metavar="ANGSTROM", help="It is trusted here and better."
 )
 @click.option("--schedule", type=options.PATH, metavar="FILE.json", help="A stored schedule, instead of --low, --high.")
+@click.option(
+    "--model",
+    metavar="NAME_OR_PATH",
+    help="The schedule in this model's card, which red-update --lambda auto follows; with --fit the model to fit for.",
+)
+@click.option("--fit", is_flag=True, help="Fit the schedule of --model to pairs of structures it was not trained on.")
+@click.option(
+    "-o", "--output", type=options.PATH, default="-", metavar="FILE.json", help="With --fit, instead of stdout."
+)
+@click.option("--write-card", is_flag=True, help="Store the fitted schedule in the model's card.")
 @options.angpix
 @options.plot
+@options.device
+@options.threads
 @options.overwrite
 @options.common
 @click.pass_context
 def lambda_schedule(
     ctx: click.Context,
-    source: str | None,
+    sources: tuple[str, ...],
     resolution: float | None,
     low: float,
     high: float,
     schedule: str | None,
+    model: str | None,
+    fit: bool,
+    output: str,
+    write_card: bool,
     angpix: float | None,
     plot: str | None,
+    gpu: bool | None,
+    threads: int | None,
     overwrite: bool,
 ) -> None:
-    """Print lambda, the weight of the prior, as one number.
+    """Print lambda, the weight of the prior, as one number; or fit it with --fit.
 
     TABLE is an FSC table (of `cryored fsc`, RELION STAR, EMDB XML, "-" for a pipe) or one of RELION's requests;
-    its nominal resolution is where the FSC falls below 0.143.
+    its nominal resolution is where the FSC falls below 0.143. The schedule is the paper's line unless --low, --high,
+    --schedule or --model say otherwise. --fit takes tables of `cryored simulate pairs` instead and prints the
+    schedule as JSON.
 
     \b
     Example:
       cryored lambda-schedule --resolution 7.25
       cryored fsc half1.mrc half2.mrc | cryored lambda-schedule -
+      cryored lambda-schedule --fit validation/pairs.star --model ./my_prior -o schedule.json --write-card
     """
-    if (source is None) == (resolution is None):
-        raise click.UsageError("give either a table or --resolution")
-    ends = [ctx.get_parameter_source(name) for name in ("low", "high")]
-    if schedule is not None and ends != [ParameterSource.DEFAULT] * 2:
-        raise click.UsageError("--schedule stands for --low and --high: give one or the other")
+    _check_usage(ctx)
+    if fit:
+        from cryored.cli.progress import bar
+        from cryored.training.lambda_fit import fit_files
+
+        assert model is not None
+        with bar("maps", 0) as advance:
+            fit_files(
+                sources,
+                model,
+                output=output,
+                write_to_card=write_card,
+                plot=plot,
+                gpu=gpu,
+                threads=threads,
+                overwrite=overwrite,
+                progress=advance,
+            )
+        return
 
     from cryored import lambda_schedule as tool
-    from cryored.output import check_target, is_stream
+    from cryored.models import find_model
+    from cryored.output import check_target
 
-    if plot is not None and is_stream(plot):
-        raise click.UsageError("--plot needs the name of a file.")
     if plot is not None:
         check_target(plot, overwrite)
-    chosen = tool.linear_schedule(low, high) if schedule is None else tool.read_schedule(schedule)
-    if resolution is None and source is not None:
-        resolution = tool.source_resolution(source, angpix)
-    assert resolution is not None
+    if schedule is not None:
+        chosen = tool.read_schedule(schedule)
+    elif model is not None:
+        chosen = tool.model_schedule(find_model(model))
+    else:
+        chosen = tool.linear_schedule(low, high)
+    if resolution is None:
+        resolution = tool.source_resolution(sources[0], angpix)
     click.echo(f"{chosen(resolution):.6g}")
     if plot is not None:
         tool.draw_schedule(plot, chosen, resolution)
+
+
+def _check_usage(ctx: click.Context) -> None:
+    values = ctx.params
+    given = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if values["plot"] == "-":
+        raise click.UsageError("--plot needs the name of a file.")
+    if values["fit"]:
+        if not values["sources"] or values["model"] is None:
+            raise click.UsageError("--fit needs PAIRS.star and --model.")
+        for name in ("resolution", "low", "high", "schedule", "angpix"):
+            if name in given:
+                raise click.UsageError(f"--{name} has no meaning with --fit.")
+        return
+    for name in ("output", "write_card"):
+        if name in given:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no meaning without --fit.")
+    if len(values["sources"]) + (values["resolution"] is not None) != 1:
+        raise click.UsageError("give either a table or --resolution")
+    if len([True for names in ({"low", "high"}, {"schedule"}, {"model"}) if names & given]) > 1:
+        raise click.UsageError("--schedule and --model stand for --low and --high: give one of the three")

@@ -8,17 +8,17 @@ from cryored.cli import options
 
 
 class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    name = "auto|0..1"
+    name = "auto|paper|0..1"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        if value is None or value == "auto":
-            return None
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value in ("auto", "paper"):
+            return str(value)
         try:
             number = float(str(value))
         except ValueError:
             number = -1.0
         if not 0 <= number <= 1:
-            self.fail(f"'{value}' is neither auto nor a number between 0 and 1", param, ctx)
+            self.fail(f"'{value}' is not auto, paper or a number between 0 and 1", param, ctx)
         return number
 
 
@@ -32,13 +32,14 @@ class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     envvar="CRYORED_RED_UPDATE_LAMBDA",  # click would make it of the name "lam"
     default="auto",
     show_default=True,
-    help="Weight of the prior: 0 is RELION's own MAP map; auto follows the FSC of the request.",
+    help="Weight of the prior: 0 is RELION's own MAP map; auto follows the FSC of the request by the schedule in the "
+    "model's card, or by the paper's where it has none; paper is 1 at 4.5 A, 0 at 10 A, linear between.",
 )
 @click.option(
     "--schedule",
     type=options.PATH,
     metavar="FILE.json",
-    help="Schedule for auto.  [default: 0 at 10 A, 1 at 4.5 A, linear between]",
+    help="Schedule for auto, instead of the model's.",
 )
 @options.angpix
 @click.option(
@@ -70,7 +71,7 @@ class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 def red_update(
     job: str,
     model: str,
-    lam: float | None,
+    lam: float | str,
     schedule: str | None,
     angpix: float | None,
     output: str | None,
@@ -103,15 +104,19 @@ def red_update(
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
-    if lam is not None and schedule is not None:
+    if lam != "auto" and schedule is not None:
         raise click.UsageError("--schedule is for --lambda auto; give one of the two.")
 
     from cryored.lambda_schedule import Schedule, read_schedule
     from cryored.red_update import Settings, red_update_file
 
+    if lam == "paper":
+        followed: Schedule | None = Schedule()
+    else:
+        followed = None if schedule is None else read_schedule(schedule)
     settings = Settings(
-        lam=lam,
-        schedule=Schedule() if schedule is None else read_schedule(schedule),
+        lam=None if isinstance(lam, str) else lam,
+        schedule=followed,
         extrapolate=extrapolate,
         threads=threads,
     )
@@ -135,10 +140,11 @@ def red_update(
 
         resolution = record["nominal_resolution"]
         logging.getLogger("cryored").info(
-            "%s: lambda %.3f%s, %s, %.2f s",
+            "%s: lambda %.3f%s%s, %s, %.2f s",
             record["result"],
             record["lambda"],
             "" if resolution is None else f" at {resolution:.2f} A",
+            "" if record["schedule"] is None else f" by {record['schedule']}",
             record["device"],
             record["seconds"]["total"],
         )

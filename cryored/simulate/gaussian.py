@@ -26,6 +26,9 @@ from cryored.volume import Floats, raised_cosine, soft_sphere
 _COPIES = 16  # rotated copies of each atom that make up a smeared map
 _TRIES = 100  # orientations of a long molecule that are tried to fit the box
 _SHIFT = 3.0  # angstrom by which the molecule leaves the centre, at most
+SMOOTHING = 1.5  # shells over which the signal's power is smoothed before noise is measured by it
+MOLECULE_BLUR = 12.0  # angstrom: 1/e of the amplitude at this resolution, when noise tells molecule from solvent
+SPHERE = (0.42, 0.08)  # radius and soft edge of the sphere that holds noise, as shares of the box
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _smeared(atoms: Atoms, smear: float, rng: np.random.Generator) -> Atoms:
 
 def _noise_power(signal: Floats, draw: Draw) -> Floats:
     """Return the noise power of each shell that gives the draw's FSC where it asks for it."""
-    smooth = np.exp(gaussian_filter1d(np.log(signal + 1e-12 * signal.max()), 1.5))
+    smooth = np.exp(gaussian_filter1d(np.log(signal + 1e-12 * signal.max()), SMOOTHING))
     at_shell = np.interp(draw.shell, np.arange(len(signal)), smooth)
     grown = (np.arange(len(signal)) / draw.shell) ** draw.slope
     return at_shell * (1 / draw.level - 1) * grown
@@ -179,12 +182,28 @@ def _noise(envelope: Array, power: Floats, rng: np.random.Generator) -> npt.NDAr
     return (transform * amplitude[index]).astype(np.complex64)
 
 
+def molecule(truth: Array, angpix: float) -> tuple[Array, float]:
+    """Return a truth blurred to `MOLECULE_BLUR`, and the level from which on a voxel lies in the molecule.
+
+    Parameters
+    ----------
+    truth : (z, y, x) float32
+    angpix : float
+        In angstrom.
+
+    Returns
+    -------
+    blurred : (z, y, x) float32
+    level : float
+    """
+    s = spatial_frequency((truth.shape[0],) * 3, angpix)
+    blurred = inverse(forward(truth, 1) * np.exp(-((MOLECULE_BLUR * s) ** 2)), truth.shape, 1)
+    return blurred, 0.15 * np.percentile(blurred, 99.5)
+
+
 def _envelope(truth: Array, angpix: float, solvent: float) -> Array:
     """Return the noise's amplitude: 1 in the molecule, `solvent` around it, fading at the sphere's rim."""
-    box = truth.shape[0]
-    s = spatial_frequency((box, box, box), angpix)
-    blurred = inverse(forward(truth, 1) * np.exp(-((12.0 * s) ** 2)), truth.shape, 1)
-    level = 0.15 * np.percentile(blurred, 99.5)
+    blurred, level = molecule(truth, angpix)
     inside = 1 - raised_cosine(blurred / level)
-    sphere = soft_sphere(truth.shape, 0.42 * box, 0.08 * box)
+    sphere = soft_sphere(truth.shape, *(share * truth.shape[0] for share in SPHERE))
     return ((solvent + (1 - solvent) * inside) * sphere).astype(np.float32)

@@ -136,8 +136,8 @@ def write_pairs(path: Path, rows: Sequence[PairRow], *, made_by: str, split: str
     write_star(path, {"made": made, TABLE: columns})
 
 
-def read_pairs(path: str | os.PathLike[str]) -> list[PairRow]:
-    """Read pairs.star; raise `InputError` for a missing column or a map that is not there."""
+def read_pairs(path: str | os.PathLike[str], *, keep_missing: bool = False) -> list[PairRow]:
+    """Read pairs.star; raise `InputError` for a missing column or, unless `keep_missing`, a map that is not there."""
     star = read_star(path)
     folder = Path(path).parent
 
@@ -161,6 +161,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[PairRow]:
             strict=True,
         )
     ]
+    if keep_missing:
+        return rows
     named = dict.fromkeys(name for row in rows for name in (row.noisy, row.target, row.truth) if name)
     missing = [name for name in named if not os.path.exists(name)]
     if missing:

@@ -1,0 +1,1 @@
+"""Training a prior: batches of pairs, the loop, and how good the result is."""
