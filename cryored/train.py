@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cryored import __version__, device
 from cryored.denoise import Denoiser
 from cryored.errors import InputError, ModelError
-from cryored.models import Model, ModelCard, save_model
+from cryored.models import Model, ModelCard, find_model, load_network, save_model
 from cryored.mrc import read_volume
 from cryored.network import build_unet
 from cryored.output import check_target
@@ -50,6 +50,7 @@ def train_files(
     recipe: Recipe,
     *,
     validation: str | None = None,
+    start: str | None = None,
     resume: bool = False,
     skip_bad: bool = False,
     cache: float | None = None,
@@ -74,6 +75,8 @@ def train_files(
     validation : str, optional
         pairs.star of structures that are not trained on. The step that is best on a few patches of them is kept,
         and judged on all of them for the card; without it the last step is kept.
+    start : str, optional
+        Name or folder of a model of the same width, depth, input and pixel size, to begin with its weights.
     resume : bool
         Go on from the folder's checkpoint: same recipe, same curve; the number of steps alone may differ.
     skip_bad : bool
@@ -122,6 +125,7 @@ def train_files(
         if other != voxel_size:
             raise InputError(f"{validation}: pixel size {other:g} A, expected {voxel_size:g} A as in {tables[0]}")
     recipe = recipe.with_steps(len(rows))
+    first = None if start is None else _start_model(start, recipe, voxel_size)
     truths = read_truths(rows) if recipe.synthesised else None
     target.mkdir(parents=True, exist_ok=True)
     device_name = device.set_up(gpu, threads)
@@ -132,6 +136,8 @@ def train_files(
     scalars: Scalars = device.summary_writer(target / LOGS) if tensorboard else _nothing
     with device.scope(recipe.batch_size):
         network = build_network(recipe)
+        if first is not None:
+            network.set_weights(load_network(first).get_weights())
         state = load_checkpoint(checkpoint, network, recipe) if goes_on else State()
         names = validation or ""
         if state.held_out != names:
@@ -170,6 +176,7 @@ def train_files(
         training=_account(recipe, rows, state)
         | {
             "pairs_left_out": len(listed) - len(rows),
+            "start": None if first is None else f"{first.card.name} {first.card.sha256[:12]}",
             "parameters": int(network.count_params()),
             "device": f"{device_name}, {platform.machine()}",
             "command": command,
@@ -185,6 +192,20 @@ def train_files(
     if plot is not None:
         draw_curves(plot, target / LOG, state.best_step)
     checkpoint.unlink(missing_ok=True)
+    return model
+
+
+def _start_model(name: str, recipe: Recipe, voxel_size: float) -> Model:
+    """Find a model to begin with; refuse one of another kind."""
+    model = find_model(name)
+    card = model.card
+    found = (card.width, card.depth, card.input, card.pixel_size)
+    expected = (recipe.width, recipe.depth, recipe.input, voxel_size)
+    if found != expected:
+        raise ModelError(
+            f"{model.folder}: width {found[0]}, depth {found[1]}, for {found[2]} maps of {found[3]:g} A, "
+            f"expected width {expected[0]}, depth {expected[1]}, {expected[2]}, {expected[3]:g} A; start from another"
+        )
     return model
 
 

@@ -389,3 +389,16 @@ def test_another_engine(tables, tmp_path, engine):
     expected, found = Denoiser(model, gpu=False)(read_volume(noisy)).data, read_volume(tmp_path / "found.mrc").data
     assert np.linalg.norm(expected - read_volume(noisy).data) > 0  # it has learnt something
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())  # float32 sums in another order
+
+
+def test_a_start_from_another_model(tables, tmp_path, uninterrupted):
+    """With steps too small to change a weight, the result is the start; the card names it."""
+    recipe = replace(TINY, steps=1, learning_rate=1e-12, l2=0.0)
+    model = train(tables, tmp_path / "prior", recipe, start=str(uninterrupted))
+    kernels = [weight for weight in weights_of(uninterrupted) if weight.ndim == 5]
+    found = [weight for weight in weights_of(tmp_path / "prior") if weight.ndim == 5]
+    for one, other in zip(found, kernels, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)
+    assert model.card.training["start"].startswith("prior ")
+    with pytest.raises(ModelError, match="width 2, depth 1, for .*, expected width 3, depth 1, .*another"):
+        train(tables, tmp_path / "wider", replace(TINY, width=3), start=str(uninterrupted))

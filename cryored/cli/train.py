@@ -114,6 +114,11 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
     metavar="MINUTES",
     help="What a killed run loses at most.",
 )
+@click.option(
+    "--start",
+    metavar="NAME_OR_PATH",
+    help="Begin with the weights of this model: train on simple pairs first, then on real ones.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; the number of steps may differ.")
 @click.option("--skip-bad", is_flag=True, help="Leave out pairs that are missing or cannot be used.")
 @click.option(
@@ -143,6 +148,7 @@ def train(
     epochs: int | None,
     steps: int | None,
     checkpoint_every: float,
+    start: str | None,
     resume: bool,
     skip_bad: bool,
     cache: float | None,
@@ -204,6 +210,7 @@ def train(
             output,
             recipe,
             validation=validation,
+            start=start,
             resume=resume,
             skip_bad=skip_bad,
             cache=cache,
