@@ -41,7 +41,8 @@ def judge_run(data: Data, run: str, denoise: Denoise) -> Iterator[tuple[Judgemen
     from cryored.mrc import read_volume
     from cryored.red_update import load_sums
     from cryored.relion import read_request
-    from cryored.simulate.harvest import grey_scale, harvest_request
+    from cryored.simulate.grey_scale import grey_scale
+    from cryored.simulate.harvest import harvest_request
     from cryored.star import read_star
     from cryored.update import inverse_prior, reconstruct
     from cryored.volume import Volume

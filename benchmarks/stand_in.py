@@ -70,14 +70,13 @@ def relion_errors(folder: Path, truth: Array, radius: float) -> list[Errors]:
 
 def stand_in_errors(truth: Array, angpix: float, number: int, snr: float, diameter: float, seed: int) -> list[Errors]:
     """Refine the same experiment in miniature and measure each iteration."""
-    from cryored.simulate.harvest import grey_scale
     from cryored.simulate.intermediates import Experiment, pairs_of, trajectory
 
     result = []
     rng = np.random.default_rng(seed)
     for intermediate in trajectory(truth, angpix, Experiment(number, snr), diameter=diameter, rng=rng):
         couple = pairs_of(intermediate, truth, angpix)
-        halves = [pair.noisy / np.float32(grey_scale(pair.noisy, truth, pair.fsc)) for pair in couple]
+        halves = [pair.noisy for pair in couple]
         result.append(Errors.of(halves, couple[0].fsc, couple[0].resolution, truth, diameter / angpix / 2))
     return result
 

@@ -15,7 +15,8 @@ from cryored.fsc import shell_correlation
 from cryored.mrc import read_volume, write_volume
 from cryored.red_update import load_sums
 from cryored.relion import read_request_file
-from cryored.simulate.harvest import find_requests, grey_scale, harvest_files, harvest_request, overlap
+from cryored.simulate.grey_scale import grey_scale
+from cryored.simulate.harvest import find_requests, harvest_files, harvest_request, overlap
 from cryored.simulate.pair_table import read_pairs
 from cryored.star import read_star
 from cryored.volume import Volume

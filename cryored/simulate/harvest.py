@@ -16,6 +16,7 @@ from cryored.fsc import shell_correlation
 from cryored.mrc import read_volume, write_volume
 from cryored.red_update import load_sums
 from cryored.relion import Request, read_request_file
+from cryored.simulate.grey_scale import RELIABLE, grey_scale, reliable_shells
 from cryored.simulate.pair_table import Array, Pair, PairRow, write_pair, write_pairs
 from cryored.simulate.split import check_split
 from cryored.update import Accumulators, reconstruct
@@ -26,34 +27,8 @@ logger = logging.getLogger(__name__)
 _ENDING = "_external_reconstruct.star"
 # run_it003_half1_class001, run_ct5_it006_class002 ...; a run that was continued stays the same run.
 _ROOT = re.compile(r"(?P<run>.+?)(?:_ct\d+)?_it\d+(?:_half(?P<half>[12]))?(?:_(?:class|(?P<body>body))\d+)+$")
-_RELIABLE = 0.5  # half-map FSC above which a shell is compared with the truth
 _LEAST_OVERLAP = 0.3  # the wrong hand or origin gives less than 0.2, the right ones give 0.6 and more
 _VOXEL_TOLERANCE = 0.01  # relative difference of pixel sizes below which two maps share a grid
-
-
-def grey_scale(volume: Array, truth: Array, fsc: Floats) -> float:
-    """Return the factor that puts a truth on the grey scale of an unregularised map.
-
-    Least squares over the shells up to the first with an FSC of 0.5 or less, without shell 0: the noise is all in
-    the map, so the map is regressed on the truth.
-
-    Parameters
-    ----------
-    volume, truth : (z, y, x) float32
-    fsc : (box // 2 + 1,) float64
-        Between the run's two halves.
-
-    Raises
-    ------
-    InputError
-        There is no such shell, or the truth is empty there.
-    """
-    shells = _reliable_shells(fsc)
-    known = apply_shells(truth, (shells > 0).astype(float))
-    power = float(np.vdot(known, known))
-    if power == 0:
-        raise InputError(f"no shell but 0 with an FSC above {_RELIABLE} and density in the truth to compare with")
-    return float(np.vdot(volume, known)) / power
 
 
 def overlap(volume: Array, truth: Array, fsc: Floats) -> float:
@@ -72,14 +47,9 @@ def overlap(volume: Array, truth: Array, fsc: Floats) -> float:
     -------
     float, -1 to 1.
     """
-    shells = _reliable_shells(fsc)
+    shells = reliable_shells(fsc)
     size = shells**2  # of a shell, up to a factor
     return float(size @ shell_correlation(volume, truth)) / max(float(size.sum()), 1.0)
-
-
-def _reliable_shells(fsc: Floats) -> Floats:
-    """Return the indices of the shells to compare with a truth, and 0 for the others."""
-    return np.arange(len(fsc), dtype=np.float64) * (np.cumprod(fsc > _RELIABLE) > 0)
 
 
 def harvest_request(
@@ -276,8 +246,8 @@ def _half_requests(stars: list[Path], angpix: float | None, left_out: list[str])
                 raise InputError(f"{star}: of one body, expected the whole map, which is what the truth shows")
             if not request.fsc.any():
                 raise InputError(f"{star}: the FSC is zero in all shells (Class3D?), expected that of two halves")
-            if not _reliable_shells(request.fsc).any():
-                raise InputError(f"{star}: no shell with an FSC above {_RELIABLE} to compare with the truth")
+            if not reliable_shells(request.fsc).any():
+                raise InputError(f"{star}: no shell with an FSC above {RELIABLE} to compare with the truth")
         except InputError as error:
             left_out.append(str(error))
         else:

@@ -25,6 +25,7 @@ from cryored.fsc import nominal_resolution
 from cryored.project import Doubles, Projector, Singles, ctf, perturb, random_rotations, shift_phases
 from cryored.simulate.density import gaussian_map
 from cryored.simulate.gaussian import turned
+from cryored.simulate.grey_scale import grey_scale, reliable_shells
 from cryored.simulate.pair_table import Array, Pair
 from cryored.simulate.particles import low_pass
 from cryored.simulate.structure import Atoms
@@ -123,13 +124,22 @@ def intermediate_pairs(
 
 
 def pairs_of(intermediate: Intermediate, truth: Array, angpix: float) -> tuple[Pair, Pair]:
-    """Reconstruct both halves without a prior; the target is the truth times their FSC."""
+    """Reconstruct both halves without a prior, on the truth's grey scale; the target is the truth times their FSC.
+
+    Errors of the angles weaken the map. As in a harvest of real data, whose scale is not known otherwise, that is
+    undone (see `grey_scale`); where no shell is reliable, the map stays as it is.
+    """
     fsc = intermediate.fsc
     box = len(truth)
     target = apply_shells(truth, np.clip(fsc, 0.0, 1.0))
     nominal = nominal_resolution(np.arange(box // 2 + 1) / (box * angpix), fsc)
-    first, second = (Pair(reconstruct(sums), target, fsc, nominal, truth) for sums in intermediate.halves)
-    return first, second
+    matched = []
+    for sums in intermediate.halves:
+        noisy = reconstruct(sums)
+        if reliable_shells(fsc).any():
+            noisy = noisy / np.float32(grey_scale(noisy, truth, fsc))
+        matched.append(Pair(noisy, target, fsc, nominal, truth))
+    return matched[0], matched[1]
 
 
 def trajectory(
