@@ -17,7 +17,7 @@ from typing import Any, Literal
 from cryored.errors import ModelError
 from cryored.output import whole_file, write_text
 
-DEFAULT_MODEL = "starter"
+DEFAULT_MODEL = "cwred"
 WEIGHTS = "model.keras"
 CARD = "card.json"
 PATH_VARIABLE = "CRYORED_MODEL_PATH"

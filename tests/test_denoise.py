@@ -20,7 +20,7 @@ from cryored.denoise import Denoiser, crossover, cube_rotations, denoise_file, p
 from cryored.errors import InputError, ModelError
 from cryored.fourier import apply_shells, forward, shell_index, spatial_frequency
 from cryored.fsc import shell_correlation
-from cryored.models import Model, ModelCard, find_model
+from cryored.models import DEFAULT_MODEL, Model, ModelCard, find_model
 from cryored.mrc import read_volume, write_volume
 from cryored.resample import SAME_PIXEL, fourier_resize, plan_axis
 from cryored.simulate.gaussian import gaussian_pairs
@@ -492,7 +492,7 @@ keras_on_numpy_2 = pytest.mark.filterwarnings(
     # Keras asks TensorFlow's variables for numpy arrays in the way of numpy 1.
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-starter = [keras_on_numpy_2, pytest.mark.slow]
+shipped = [keras_on_numpy_2, pytest.mark.slow]
 
 BOX, ANGPIX = 64, 1.5
 DRAW = 0  # a draw of `simulate pairs` with a nominal resolution of 5.1 A, cut at shell 23 of 32
@@ -502,7 +502,7 @@ DRAW = 0  # a draw of `simulate pairs` with a nominal resolution of 5.1 A, cut a
 def network():
     """The shipped model, loaded once."""
     try:
-        found = find_model("starter")
+        found = find_model(DEFAULT_MODEL)
     except ModelError as error:
         pytest.skip(str(error))
     denoiser = Denoiser(found, gpu=False)
@@ -526,8 +526,8 @@ def denoised(network, noisy):
     return network(noisy)
 
 
-class TestStarter:
-    pytestmark = starter
+class TestShipped:
+    pytestmark = shipped
 
     def test_it_denoises(self, noisy, denoised):
         atoms = read_atoms(STRUCTURE)
@@ -568,6 +568,6 @@ class TestStarter:
     def test_from_the_shell(self, network, noisy, denoised, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         write_volume("map.mrc", noisy, label="test")
-        done = CliRunner().invoke(cli, ["denoise", "map.mrc", "-o", "out.mrc", "--model", "starter", "--cpu"])
+        done = CliRunner().invoke(cli, ["denoise", "map.mrc", "-o", "out.mrc", "--cpu"])
         assert done.exit_code == 0, done.output
         np.testing.assert_allclose(read_volume("out.mrc").data, denoised.data, atol=1e-5 * np.abs(denoised.data).max())

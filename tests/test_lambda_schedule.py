@@ -292,8 +292,8 @@ def test_draws(run, tmp_path):
         (["--resolution", 5, "--plot", "-"], "--plot needs the name of a file"),
         ([REQUEST, REQUEST], "give either a table or --resolution"),
         (["--resolution", 5, "--schedule", "s.json", "--low", 8], "--schedule and --model stand for --low and --high"),
-        (["--resolution", 5, "--schedule", "s.json", "--model", "starter"], "give one of the three"),
-        (["--resolution", 5, "--model", "starter", "--high", 4], "give one of the three"),
+        (["--resolution", 5, "--schedule", "s.json", "--model", "cwred"], "give one of the three"),
+        (["--resolution", 5, "--model", "cwred", "--high", 4], "give one of the three"),
     ],
 )
 def test_usage_errors(run, arguments, message):
