@@ -21,7 +21,8 @@ from cryored.volume import Floats, Volume, raised_cosine, window
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TILE = 128  # voxels at the model's pixel size; 96 voxels cubed need about 0.3 GB
+DEFAULT_TILE = 144  # voxels at the model's pixel size; 112 voxels cubed need about 0.5 GB
+_MARGIN = 8  # voxels of solvent around the map: what convolutions pad with at the faces is not quite solvent to them
 _OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner half of them
 _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
 
@@ -95,7 +96,7 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
     -------
     (z, y, x) float32
     """
-    tile = max(_round_up(tile, multiple), _round_up(_OVERLAP, multiple) + multiple)
+    tile = max(_round_up(tile, multiple), _round_up(_OVERLAP, multiple) + 2 * multiple)  # less is nearly all overlap
     padded_shape = tuple(_round_up(n, multiple) for n in data.shape)
     padded = window(data, padded_shape)
     result = np.zeros(padded_shape, dtype=np.float32)
@@ -178,9 +179,10 @@ class Denoiser:
         self.load()
         multiple = 2**self.model.card.depth
         total = np.zeros_like(data)
+        padded = window(data, tuple(n + 2 * _MARGIN for n in data.shape))
         for rotation in cube_rotations()[: self.rotations]:
-            turned = predict_tiled(self._predict, rotate(data, rotation), tile=self.tile, multiple=multiple)
-            total += rotate_back(turned, rotation)
+            turned = predict_tiled(self._predict, rotate(padded, rotation), tile=self.tile, multiple=multiple)
+            total += window(rotate_back(turned, rotation), data.shape)
         return total / np.float32(self.rotations)
 
     def _predict(self, data: Array) -> Array:

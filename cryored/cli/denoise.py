@@ -28,7 +28,7 @@ from cryored.cli import options
 @click.option(
     "--tile",
     type=click.IntRange(min=16),
-    default=128,
+    default=144,
     show_default=True,
     metavar="VOXELS",
     help="Edge of the tiles, at the model's pixel size; smaller ones need less memory.",
