@@ -43,6 +43,22 @@ def _ramps(x: float, y: float, box: int, along_x: Complexes, along_y: Complexes)
 
 
 @_compiled
+def _interpolated(transform: Complexes, x: float, y: float, z: float) -> Any:
+    """Return the value between eight grid points; x is not negative."""
+    x0, y0, z0 = math.floor(x), math.floor(y), math.floor(z)
+    fx, fy, fz = np.float32(x - x0), np.float32(y - y0), np.float32(z - z0)
+    x1, y1, z1 = min(x0 + 1, transform.shape[2] - 1), y0 + 1, z0 + 1  # at the axis's very end the weight of x1 is 0
+    gx = np.float32(1) - fx
+    c00 = gx * transform[z0, y0, x0] + fx * transform[z0, y0, x1]
+    c01 = gx * transform[z0, y1, x0] + fx * transform[z0, y1, x1]
+    c10 = gx * transform[z1, y0, x0] + fx * transform[z1, y0, x1]
+    c11 = gx * transform[z1, y1, x0] + fx * transform[z1, y1, x1]
+    c0 = c00 + fy * (c01 - c00)
+    c1 = c10 + fy * (c11 - c10)
+    return c0 + fz * (c1 - c0)
+
+
+@_compiled
 def extract_slices(transform: Complexes, rotations: Doubles, padding: float, out: Complexes) -> None:
     """Read central slices; what is at or beyond Nyquist becomes 0.
 
@@ -70,17 +86,7 @@ def extract_slices(transform: Complexes, rotations: Doubles, padding: float, out
                 mirrored = xp < 0
                 if mirrored:
                     xp, yp, zp = -xp, -yp, -zp
-                x0, y0, z0 = math.floor(xp), math.floor(yp), math.floor(zp)
-                fx, fy, fz = np.float32(xp - x0), np.float32(yp - y0), np.float32(zp - z0)
-                y1, z1 = y0 + 1, z0 + 1
-                gx = np.float32(1) - fx
-                c00 = gx * transform[z0, y0, x0] + fx * transform[z0, y0, x0 + 1]
-                c01 = gx * transform[z0, y1, x0] + fx * transform[z0, y1, x0 + 1]
-                c10 = gx * transform[z1, y0, x0] + fx * transform[z1, y0, x0 + 1]
-                c11 = gx * transform[z1, y1, x0] + fx * transform[z1, y1, x0 + 1]
-                c0 = c00 + fy * (c01 - c00)
-                c1 = c10 + fy * (c11 - c10)
-                value = c0 + fz * (c1 - c0)
+                value = _interpolated(transform, xp, yp, zp)
                 out[m, i, x] = value.conjugate() if mirrored else value
 
 
@@ -216,18 +222,7 @@ def log_likelihoods(
                     mirrored = xp < 0
                     if mirrored:
                         xp, yp, zp = -xp, -yp, -zp
-                    x0, y0, z0 = math.floor(xp), math.floor(yp), math.floor(zp)
-                    fx, fy, fz = np.float32(xp - x0), np.float32(yp - y0), np.float32(zp - z0)
-                    y1, z1 = y0 + 1, z0 + 1
-                    x1 = min(x0 + 1, transform.shape[2] - 1)
-                    gx = np.float32(1) - fx
-                    c00 = gx * transform[z0, y0, x0] + fx * transform[z0, y0, x1]
-                    c01 = gx * transform[z0, y1, x0] + fx * transform[z0, y1, x1]
-                    c10 = gx * transform[z1, y0, x0] + fx * transform[z1, y0, x1]
-                    c11 = gx * transform[z1, y1, x0] + fx * transform[z1, y1, x1]
-                    c0 = c00 + fy * (c01 - c00)
-                    c1 = c10 + fy * (c11 - c10)
-                    value = c0 + fz * (c1 - c0)
+                    value = _interpolated(transform, xp, yp, zp)
                     if mirrored:
                         value = value.conjugate()
                     image = slices[m, i, x] * ramp_x[x] * ramp_y[i]
