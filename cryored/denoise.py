@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored import device
-from cryored.errors import InputError
+from cryored.errors import InputError, ModelError
 from cryored.fourier import apply_shells, forward, inverse, spatial_frequency
 from cryored.models import Model, check_weights, find_model, load_network
-from cryored.resample import SAME_PIXEL, from_grid, plan_axis, to_grid
+from cryored.resample import SAME_PIXEL, Grid, from_grid, plan_axis, to_grid
 from cryored.standardise import standard_of
 from cryored.volume import Floats, Volume, raised_cosine, window
 
@@ -28,6 +28,7 @@ _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior
 
 Array = npt.NDArray[np.float32]
 Network = Callable[[Array], Array]
+Grids = tuple[Grid, Grid, Grid]
 
 
 def crossover(frequency: npt.NDArray[Any], voxel_size: float, model_pixel: float) -> npt.NDArray[Any]:
@@ -48,8 +49,12 @@ def crossover(frequency: npt.NDArray[Any], voxel_size: float, model_pixel: float
     """
     if voxel_size >= model_pixel * (1 - SAME_PIXEL):
         return np.ones_like(frequency)
-    nyquist = 0.5 / model_pixel
-    return raised_cosine((frequency / nyquist - _CROSSOVER) / (1 - _CROSSOVER))
+    return fade_out(frequency, 0.5 / model_pixel)
+
+
+def fade_out(frequency: npt.NDArray[Any], end: float) -> npt.NDArray[Any]:
+    """Return 1 up to 0.9 of a spatial frequency, and a raised cosine down to 0 at it."""
+    return raised_cosine((frequency / end - _CROSSOVER) / (1 - _CROSSOVER))
 
 
 Rotation = tuple[tuple[int, ...], tuple[int, ...]]  # permutation of the axes, steps of +1 or -1
@@ -84,9 +89,9 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
     Parameters
     ----------
     network : callable
-        Takes and returns (z, y, x) float32; edges must be multiples of `multiple`.
-    data : (z, y, x) float32
-        Standardised; the solvent is 0.
+        Takes and returns (..., z, y, x) float32; edges must be multiples of `multiple`.
+    data : (..., z, y, x) float32
+        Standardised; the solvent is 0. Several maps go through the network together.
     tile : int
         Edge of a tile; a map that is not larger is done in one pass.
     multiple : int
@@ -94,20 +99,31 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
 
     Returns
     -------
-    (z, y, x) float32
+    (..., z, y, x) float32
     """
-    tile = max(_round_up(tile, multiple), _round_up(_OVERLAP, multiple) + 2 * multiple)  # less is nearly all overlap
-    padded_shape = tuple(_round_up(n, multiple) for n in data.shape)
-    padded = window(data, padded_shape)
-    result = np.zeros(padded_shape, dtype=np.float32)
+    tile = max(_round_up(tile, multiple), _least_tile(multiple))
+    *maps, z, y, x = data.shape
+    padded_shape = tuple(_round_up(n, multiple) for n in (z, y, x))
+    padded = window(data, (*maps, *padded_shape))
+    result = np.zeros(padded.shape, dtype=np.float32)
     weight = np.zeros(padded_shape, dtype=np.float32)
     for corner in itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)):
-        place = tuple(slice(start, min(start + tile, n)) for start, n in zip(corner, padded_shape, strict=True))
-        ramps = [_ramp(part, n) for part, n in zip(place, padded_shape, strict=True)]
+        part = tuple(slice(start, min(start + tile, n)) for start, n in zip(corner, padded_shape, strict=True))
+        ramps = [_ramp(along, n) for along, n in zip(part, padded_shape, strict=True)]
         blend = ramps[0][:, None, None] * ramps[1][None, :, None] * ramps[2][None, None, :]
+        place: tuple[Any, ...] = (..., *part)
         result[place] += network(np.ascontiguousarray(padded[place])) * blend
-        weight[place] += blend
+        weight[part] += blend
     return window(result / weight, data.shape)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the network sees of a map: standardised, at its own pixel size; `data` is None where it sees nothing."""
+
+    grids: Grids
+    deviation: float
+    data: Array | None
 
 
 @dataclass
@@ -131,8 +147,10 @@ class Denoiser:
     threads: int | None = None
     tile: int = DEFAULT_TILE
     rotations: int = 1
-    device_name: str = ""
+    device_name: str = ""  # where the last maps went through the network
     _network: Any = None
+    _loaded_on: str = ""
+    _on_cpu: Any = None  # the network again, for when the GPU's memory does not suffice
 
     def __call__(self, volume: Volume) -> Volume:
         """Denoise a map: the input minus what the network takes for its error.
@@ -145,22 +163,51 @@ class Denoiser:
         ------
         InputError
             The pixel size is unknown.
+        ModelError
+            The machine's memory does not suffice, even in the smallest tiles.
         """
+        return self.denoise_all([volume])[0]
+
+    def denoise_all(self, volumes: Sequence[Volume]) -> list[Volume]:
+        """Denoise several maps as `__call__` does, in one network call where their grids are alike."""
+        seen = [self._see(volume) for volume in volumes]
+        results = list(volumes)
+        shapes = {one.data.shape for one in seen if one.data is not None}
+        for shape in shapes:
+            alike = [i for i, one in enumerate(seen) if one.data is not None and one.data.shape == shape]
+            errors = self._errors(np.stack([seen[i].data for i in alike]))  # type: ignore[misc]
+            for i, error in zip(alike, errors, strict=True):
+                results[i] = self._subtract(volumes[i], seen[i], error * np.float32(seen[i].deviation))
+        for i, one in enumerate(seen):
+            # All power lies beyond what the network sees; a constant map stays as it is.
+            if one.data is None and one.deviation > 0:
+                results[i] = self._subtract(volumes[i], one, np.zeros([g.resampled for g in one.grids], np.float32))
+        return results
+
+    def load(self) -> None:
+        """Load the network now instead of at the first map."""
+        if self._network is None:
+            self._loaded_on = device.set_up(self.gpu, self.threads)
+            self._network = load_network(self.model)
+
+    def _see(self, volume: Volume) -> _Seen:
         if volume.voxel_size <= 0:
             raise InputError("the map's pixel size is unknown (0); give it with --angpix")
-        card = self.model.card
+        z, y, x = (plan_axis(n, volume.voxel_size, self.model.card.pixel_size) for n in volume.shape)
+        grids = (z, y, x)
         standard = standard_of(volume.data, volume.voxel_size)
         if standard.deviation == 0:
-            return volume
-        grids = tuple(plan_axis(n, volume.voxel_size, card.pixel_size) for n in volume.shape)
-        sampled = to_grid(volume.data, grids, standard.level)  # type: ignore[arg-type]
+            return _Seen(grids, 0.0, None)
+        sampled = to_grid(volume.data, grids, standard.level)
         # The scale is taken at the model's pixel size, where the network was trained.
-        standard = standard_of(sampled, volume.voxel_size * grids[0].padded / grids[0].resampled)
-        if standard.deviation == 0:
-            error = np.zeros_like(sampled)  # all power lies beyond what the network sees
-        else:
-            error = self._error(standard.apply(sampled)) * np.float32(standard.deviation)
-        error = from_grid(error, grids)  # type: ignore[arg-type]
+        inner = standard_of(sampled, volume.voxel_size * z.padded / z.resampled)
+        if inner.deviation == 0:
+            return _Seen(grids, standard.deviation, None)
+        return _Seen(grids, inner.deviation, inner.apply(sampled).astype(np.float32, copy=False))
+
+    def _subtract(self, volume: Volume, seen: _Seen, error: Array) -> Volume:
+        card = self.model.card
+        error = from_grid(error, seen.grids).astype(np.float32, copy=False)
         if volume.voxel_size >= card.pixel_size * (1 - SAME_PIXEL):
             return volume.with_data(volume.data - error)
         weight = crossover(spatial_frequency(volume.shape, volume.voxel_size), volume.voxel_size, card.pixel_size)
@@ -168,25 +215,67 @@ class Denoiser:
         kept = forward(volume.data, self.threads) * (1 if card.input == "regularised" else weight)
         return volume.with_data(inverse(kept - faded, volume.shape, self.threads).astype(np.float32))
 
-    def load(self) -> None:
-        """Load the network now instead of at the first map."""
-        if self._network is None:
-            self.device_name = device.set_up(self.gpu, self.threads)
-            self._network = load_network(self.model)
-
-    def _error(self, data: Array) -> Array:
-        """Return the network's output for standardised data, averaged over rotations."""
+    def _errors(self, data: Array) -> Array:
+        """Return the network's output for (map, z, y, x); where memory is short in smaller pieces, then on the CPU."""
         self.load()
+        self.device_name = self._loaded_on
+        try:
+            return self._rotated(data)
+        except Exception as error:
+            if not device.is_out_of_memory(error):
+                raise
+            smaller = self._smaller_tile(data.shape)
+            if len(data) > 1:
+                logger.warning("%s: not enough memory for %d maps at once, so one by one", self.device_name, len(data))
+            elif smaller:
+                logger.warning("%s: not enough memory; tiles of %d voxels from now on", self.device_name, smaller)
+                self.tile = smaller
+            elif "GPU" in self._loaded_on:
+                logger.warning(
+                    "%s: not enough memory for the smallest tiles; this map goes to the CPU", self._loaded_on
+                )
+                return self._errors_on_cpu(data)
+            else:
+                raise ModelError(
+                    f"not enough memory for the network with tiles of {self.tile} voxels, the smallest; free some, "
+                    "or use a machine with more"
+                ) from error
+        return np.concatenate([self._errors(data[i : i + 1]) for i in range(len(data))])
+
+    def _errors_on_cpu(self, data: Array) -> Array:
+        with device.cpu():
+            if self._on_cpu is None:
+                self._on_cpu = load_network(self.model)
+            # The next map tries the GPU again: RELION may have let go of its memory by then.
+            gpu, self._network = self._network, self._on_cpu
+            try:
+                errors = self._rotated(data)
+            finally:
+                self._network = gpu
+        self.device_name = f"CPU (memory of {self._loaded_on} too small)"
+        return errors
+
+    def _rotated(self, data: Array) -> Array:
+        """Return the network's output averaged over rotations."""
         multiple = 2**self.model.card.depth
         total = np.zeros_like(data)
-        padded = window(data, tuple(n + 2 * _MARGIN for n in data.shape))
+        padded = window(data, (len(data), *(n + 2 * _MARGIN for n in data.shape[1:])))
         for rotation in cube_rotations()[: self.rotations]:
-            turned = predict_tiled(self._predict, rotate(padded, rotation), tile=self.tile, multiple=multiple)
-            total += window(rotate_back(turned, rotation), data.shape)
+            turned = np.stack([rotate(one, rotation) for one in padded])
+            turned = predict_tiled(self._predict, turned, tile=self.tile, multiple=multiple)
+            for sum_, one in zip(total, turned, strict=True):
+                sum_ += window(rotate_back(one, rotation), sum_.shape)
         return total / np.float32(self.rotations)
 
+    def _smaller_tile(self, shape: tuple[int, ...]) -> int | None:
+        """Return the next smaller tile for maps of a shape, if there is one."""
+        multiple = 2**self.model.card.depth
+        now = min(self.tile, max(shape) + 2 * _MARGIN)
+        smaller = max(_round_up(now // 2, multiple), _least_tile(multiple))
+        return smaller if smaller < _round_up(now, multiple) else None
+
     def _predict(self, data: Array) -> Array:
-        return np.asarray(self._network.predict_on_batch(data[None, ..., None]), dtype=np.float32)[0, ..., 0]
+        return np.asarray(self._network.predict_on_batch(data[..., None]), dtype=np.float32)[..., 0]
 
 
 def denoise_file(
@@ -274,6 +363,11 @@ def _weighted(
         )
         return volume
     return volume.with_data(apply_shells(volume.data, np.clip(weights, 0.0, 1.0), threads))
+
+
+def _least_tile(multiple: int) -> int:
+    """Return the edge below which a tile is nearly all overlap."""
+    return _round_up(_OVERLAP, multiple) + 2 * multiple
 
 
 def _round_up(n: int, multiple: int) -> int:

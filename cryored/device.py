@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,21 @@ def _set_up_jax(use_gpu: bool, threads: int | None) -> str | None:
 
     first = jax.devices()[0]
     return None if first.platform == "cpu" else str(first.device_kind)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a network failed for want of memory; each back-end has its own error for that."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "ResourceExhaustedError", "OutOfMemoryError"}) or (
+        bool(names & {"XlaRuntimeError", "JaxRuntimeError"}) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def cpu() -> AbstractContextManager[Any]:
+    """Give a context in which networks are built and run on the CPU, whatever else there is."""
+    import keras
+
+    return keras.device("cpu:0")
 
 
 @contextmanager

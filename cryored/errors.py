@@ -4,6 +4,8 @@ Each message names the file, what was found, what was expected and what to do. T
 one line (``cryored: error: ...``) and exits with status 1.
 """
 
+from __future__ import annotations
+
 
 class CryoredError(Exception):
     """Root of all errors whose cause is the input, the machine or the user's choice."""
@@ -19,3 +21,14 @@ class OutputError(CryoredError, OSError):
 
 class ModelError(CryoredError):
     """A model is missing, damaged or does not fit the task."""
+
+
+def in_words(error: BaseException) -> str:
+    """Return one line about an error of ours, the operating system's, or want of memory."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error or 'allocation failed'}); use smaller tiles or fewer threads"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"standard output: {error.strerror}"  # the only stream that has no name
+    return str(error)

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 
 from cryored import __version__
-from cryored.denoise import Denoiser, crossover
+from cryored.denoise import Denoiser, crossover, fade_out
 from cryored.errors import InputError
 from cryored.lambda_schedule import Schedule, model_schedule
 from cryored.models import Model, check_weights, find_model
 from cryored.mrc import read_array, read_volume, write_volume
 from cryored.output import check_target
-from cryored.relion import Request, read_request_file
+from cryored.relion import Request, Shells, read_request_file
 from cryored.update import Accumulators, Array, Denoised, check_accumulators, inverse_prior, reconstruct
 from cryored.volume import Volume
 
 logger = logging.getLogger(__name__)
 
-_ROOT = "{root}"  # in the name of a file to write
+ROOT = "{root}"  # in the name of a file to write
 
 
 @dataclass(frozen=True)
@@ -42,43 +42,71 @@ class Settings:
         None stands for the model's own (`model_schedule`).
     extrapolate : bool
         Let the prior fill what the data do not reach (see `Denoised`).
+    prior_limit : float, optional
+        Resolution in angstrom beyond which the prior has no weight, so that what is seen there owes it nothing.
     threads : int, optional
     """
 
     lam: float | None = None
     schedule: Schedule | None = None
     extrapolate: bool = False
+    prior_limit: float | None = None
     threads: int | None = None
 
 
 @dataclass
+class Work:
+    """A request on its way through an `Updater`: what has been computed, and how long it took.
+
+    Parameters
+    ----------
+    request : Request
+    sums : Accumulators
+    lam : float
+    resolution : float or None
+        Nominal, in angstrom; None where the request has no FSC.
+    regularised : Volume
+        The MAP map.
+    unregularised : Volume or None
+        B / K, where it was asked for or the model needs it.
+    denoised : Volume or None
+        Where lambda is not 0.
+    seconds : dict
+        Wall time of each step; what maps share is counted for each of them.
+    """
+
+    request: Request
+    sums: Accumulators
+    lam: float
+    resolution: float | None
+    regularised: Volume
+    unregularised: Volume | None = None
+    denoised: Volume | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Answer:
-    """The maps that a request gave, and what is logged of it.
+    """The map that a request asked for, and how it compares with the MAP map.
 
     Parameters
     ----------
     result : Volume
-    unregularised : Volume or None
-        Where it was asked for or the model needed it.
-    lam : float
-    resolution : float or None
-        Nominal, in angstrom; None where the request has no FSC.
     power_ratio : float
         Variance of the result over that of the MAP map.
-    seconds : dict
-        Wall time of each step.
+    change : float
+        Relative L2 difference of the result to the MAP map.
     """
 
     result: Volume
-    unregularised: Volume | None
-    lam: float
-    resolution: float | None
     power_ratio: float
-    seconds: dict[str, float] = field(default_factory=dict)
+    change: float
 
 
 class Updater:
-    """Answers requests with one model, which stays loaded from one request to the next.
+    """Answers requests with one model, which stays loaded from one request to the next: arrays in, arrays out.
+
+    The steps are `begin`, `denoise` (any number of requests together) and `finish`.
 
     Parameters
     ----------
@@ -109,46 +137,72 @@ class Updater:
         resolution = request.nominal_resolution()
         return self.schedule(resolution), resolution
 
-    def answer(
-        self,
-        request: Request,
-        sums: Accumulators,
-        *,
-        denoised: Volume | None = None,
-        want_unregularised: bool = False,
-    ) -> Answer:
-        """Reconstruct a request's map.
+    def begin(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Work:
+        """Reconstruct the MAP map, and the unregularised one where the model sees that.
 
         Parameters
         ----------
         denoised : Volume, optional
             Stands in for the network's output.
-        want_unregularised : bool
-            Return B / K as well.
         """
         lam, resolution = self.weight(request)
         seconds: dict[str, float] = {}
-        threads = self.settings.threads
-        prior = inverse_prior(request.tau2, request.tau2_fudge, request.pad)
-        with _timed(seconds, "map"):
-            regularised = Volume(reconstruct(sums, prior=prior, threads=threads), request.pixel_size)
-        raw = None
-        if want_unregularised or (lam > 0 and denoised is None and self.model.card.input == "unregularised"):
-            with _timed(seconds, "unregularised"):
-                raw = Volume(reconstruct(sums, threads=threads), request.pixel_size)
-        result = regularised
+        with timed(seconds, "map"):
+            data = reconstruct(sums, prior=self._prior(request), threads=self.settings.threads)
+        work = Work(request, sums, lam, resolution, Volume(data, request.pixel_size), seconds=seconds)
         if lam > 0:
-            if denoised is None:
-                with _timed(seconds, "load"):
-                    self.denoiser.load()
-                with _timed(seconds, "network"):
-                    denoised = self.denoiser(raw if self.model.card.input == "unregularised" and raw else regularised)
-            fade = crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
-            source = Denoised(denoised.data, lam * fade, self.settings.extrapolate)
-            with _timed(seconds, "update"):
-                data = reconstruct(sums, prior=prior, denoised=source, threads=threads)
-            result = regularised.with_data(data)
-        return Answer(result, raw, lam, resolution, _power_ratio(result.data, regularised.data), seconds)
+            work.denoised = denoised
+            if denoised is None and self.model.card.input == "unregularised":
+                self.add_unregularised(work)
+        return work
+
+    def add_unregularised(self, work: Work) -> Volume:
+        """Reconstruct B / K, unless it is there already."""
+        if work.unregularised is None:
+            with timed(work.seconds, "unregularised"):
+                data = reconstruct(work.sums, threads=self.settings.threads)
+            work.unregularised = work.regularised.with_data(data)
+        return work.unregularised
+
+    def denoise(self, works: Sequence[Work]) -> None:
+        """Send what needs it through the network, in one call."""
+        left = [work for work in works if work.lam > 0 and work.denoised is None]
+        if not left:
+            return
+        seconds: dict[str, float] = {}
+        with timed(seconds, "load"):
+            self.denoiser.load()
+        with timed(seconds, "network"):
+            raw = self.model.card.input == "unregularised"
+            maps = self.denoiser.denoise_all(
+                [self.add_unregularised(work) if raw else work.regularised for work in left]
+            )
+        for work, denoised in zip(left, maps, strict=True):
+            work.denoised = denoised
+            work.seconds |= seconds
+
+    def finish(self, work: Work) -> Answer:
+        """Reconstruct the request's map."""
+        request, regularised = work.request, work.regularised
+        if work.denoised is None:
+            return Answer(regularised, 1.0, 0.0)
+        weight = work.lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
+        if self.settings.prior_limit is not None:
+            weight = weight * fade_out(request.frequency, 1 / self.settings.prior_limit)
+        source = Denoised(work.denoised.data, weight, self.settings.extrapolate)
+        with timed(work.seconds, "update"):
+            data = reconstruct(work.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
+        return Answer(regularised.with_data(data), *_compare(data, regularised.data))
+
+    def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
+        """Do all the steps for one request."""
+        work = self.begin(request, sums, denoised=denoised)
+        self.denoise([work])
+        return self.finish(work)
+
+    @staticmethod
+    def _prior(request: Request) -> Shells:
+        return inverse_prior(request.tau2, request.tau2_fudge, request.pad)
 
 
 def load_sums(request: Request, threads: int | None = None) -> Accumulators:
@@ -165,6 +219,115 @@ def load_sums(request: Request, threads: int | None = None) -> Accumulators:
     names = (str(files[0]), str(files[1]), str(files[2]))
     check_accumulators(sums, names, threads)
     return sums
+
+
+@dataclass
+class Job:
+    """A request as files: where it came from, where its maps go, and its line in the log.
+
+    Parameters
+    ----------
+    request : Request
+    target : str
+        Map to write; RELION's, or another.
+    own_target : bool
+        It is the one that the request names.
+    unregularised : str or None
+        Map without prior to write.
+    clean : bool
+        Remove RELION's arrays after success.
+    record : dict
+        What will be logged.
+    """
+
+    request: Request
+    target: str
+    own_target: bool
+    unregularised: str | None
+    clean: bool
+    record: dict[str, Any]
+
+    def write(self, updater: Updater, work: Work, answer: Answer) -> dict[str, Any]:
+        """Write the maps and the log; return the log's line.
+
+        Raises
+        ------
+        OutputError
+            A map cannot be written; there is then no part of it.
+        """
+        request, card = self.request, updater.model.card
+        raw = None if self.unregularised is None else updater.add_unregularised(work)
+        with timed(work.seconds, "write"):
+            if self.unregularised is not None and raw is not None:
+                write_volume(self.unregularised, raw, label="red-update unregularised")
+            label = f"red-update {card.name} {card.sha256[:8]} lambda {work.lam:.4f}"
+            write_volume(self.target, answer.result, label=label if work.lam > 0 else "red-update lambda 0 (MAP)")
+            if self.own_target and request.result_star is not None:
+                # RELION would read new tau2 or FSC from it, even one that an earlier run has left.
+                request.result_star.unlink(missing_ok=True)
+        used = work.denoised is not None and "network" in work.seconds
+        self.record |= {
+            "device": updater.denoiser.device_name if used else "CPU, no network",
+            "power_ratio": round(answer.power_ratio, 5),
+            "change": round(answer.change, 5),
+        }
+        return self.record
+
+    def log(self, seconds: dict[str, float]) -> None:
+        """Append the line to the request's log, and tidy up."""
+        self.record["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
+        _append_log(self.request.log, self.record)
+        if self.clean:
+            for path in (self.request.data_real, self.request.data_imag, self.request.weight):
+                path.unlink(missing_ok=True)
+
+
+def open_job(
+    name: str,
+    request: Request,
+    updater: Updater,
+    *,
+    output: str | None = None,
+    unregularised: str | None = None,
+    denoised: str | None = None,
+    clean: bool = False,
+    overwrite: bool = False,
+) -> Job:
+    """Check where the answer to a request goes, and begin its line in the log; see `red_update_file`.
+
+    Parameters
+    ----------
+    name : str
+        The request as RELION called it.
+    """
+    target = output if output is not None else str(request.result)
+    check_target(target, overwrite or output is None)
+    if unregularised is not None:
+        # Named after the request, it belongs to it as its result and its log do, and is replaced like these.
+        own = ROOT in unregularised
+        unregularised = unregularised.replace(ROOT, request.root)
+        check_target(unregularised, overwrite or own)
+    lam, resolution = updater.weight(request)
+    card, settings = updater.model.card, updater.settings
+    record: dict[str, Any] = {
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cryored": __version__,
+        "request": name,
+        "result": target,
+        "box": request.ori,
+        "pixel_size": request.pixel_size,
+        "padding": request.pad,
+        "current_size": 2 * request.r_max,
+        "nominal_resolution": None if resolution is None or np.isinf(resolution) else round(resolution, 3),
+        "lambda": round(lam, 4),
+        "schedule": updater.schedule.source if settings.lam is None else None,
+        "extrapolate": settings.extrapolate,
+        "prior_limit": settings.prior_limit,
+        "model": card.name,
+        "model_sha256": card.sha256,
+        "denoised": denoised,
+    }
+    return Job(request, target, output is None, unregularised, clean, record)
 
 
 def red_update_file(
@@ -211,63 +374,31 @@ def red_update_file(
     """
     begin = time.monotonic()
     seconds: dict[str, float] = {}
-    with _timed(seconds, "read"):
+    with timed(seconds, "read"):
         request = read_request_file(job, angpix=angpix)
-        target = output if output is not None else str(request.result)
-        check_target(target, overwrite or output is None)
-        if unregularised is not None:
-            # Named after the request, it belongs to it as its result and its log do, and is replaced like these.
-            own = _ROOT in unregularised
-            unregularised = unregularised.replace(_ROOT, request.root)
-            check_target(unregularised, overwrite or own)
         found = find_model(model)
         updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
-        lam, resolution = updater.weight(request)
-        if lam > 0 or check:
+        task = open_job(
+            job,
+            request,
+            updater,
+            output=output,
+            unregularised=unregularised,
+            denoised=denoised,
+            clean=clean,
+            overwrite=overwrite,
+        )
+        if task.record["lambda"] > 0 or check:
             check_weights(found)
         sums = load_sums(request, settings.threads)
         given = None if denoised is None else _read_denoised(denoised, request)
-    record: dict[str, Any] = {
-        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cryored": __version__,
-        "request": job,
-        "result": target,
-        "box": request.ori,
-        "pixel_size": request.pixel_size,
-        "padding": request.pad,
-        "current_size": 2 * request.r_max,
-        "nominal_resolution": None if resolution is None or np.isinf(resolution) else round(resolution, 3),
-        "lambda": round(lam, 4),
-        "schedule": updater.schedule.source if settings.lam is None else None,
-        "extrapolate": settings.extrapolate,
-        "model": found.card.name,
-        "model_sha256": found.card.sha256,
-        "denoised": denoised,
-    }
     if check:
-        return record
-    answer = updater.answer(request, sums, denoised=given, want_unregularised=unregularised is not None)
-    seconds |= answer.seconds
-    with _timed(seconds, "write"):
-        if unregularised is not None and answer.unregularised is not None:
-            write_volume(unregularised, answer.unregularised, label="red-update unregularised")
-        label = f"red-update {found.card.name} {found.card.sha256[:8]} lambda {lam:.4f}"
-        write_volume(target, answer.result, label=label if lam > 0 else "red-update lambda 0 (MAP)")
-        if output is None and request.result_star is not None:
-            # RELION would read new tau2 or FSC from it, even one that an earlier run has left.
-            request.result_star.unlink(missing_ok=True)
-    del sums  # lets go of the memory maps
-    seconds["total"] = time.monotonic() - begin
-    record |= {
-        "device": updater.denoiser.device_name or "CPU, no network",
-        "power_ratio": round(answer.power_ratio, 5),
-        "seconds": {step: round(value, 3) for step, value in seconds.items()},
-    }
-    _append_log(request.log, record)
-    if clean:
-        for path in (request.data_real, request.data_imag, request.weight):
-            path.unlink(missing_ok=True)
-    return record
+        return task.record
+    work = updater.begin(request, sums, denoised=given)
+    updater.denoise([work])
+    task.write(updater, work, updater.finish(work))
+    task.log(seconds | work.seconds | {"total": time.monotonic() - begin})
+    return task.record
 
 
 def _read_denoised(path: str, request: Request) -> Volume:
@@ -288,11 +419,12 @@ def _append_log(path: Path, record: dict[str, Any]) -> None:
         logger.warning("%s: the log cannot be written: %s", path, error.strerror)
 
 
-def _power_ratio(result: Array, reference: Array) -> float:
-    if result is reference:
-        return 1.0
+def _compare(result: Array, reference: Array) -> tuple[float, float]:
+    """Return the ratio of the variances, and the relative L2 difference."""
     variance = _variance(reference)
-    return _variance(result) / variance if variance > 0 else 1.0
+    ratio = _variance(result) / variance if variance > 0 else 1.0
+    norm = np.linalg.norm(reference.ravel())
+    return ratio, float(np.linalg.norm((result - reference).ravel()) / norm) if norm > 0 else 0.0
 
 
 def _variance(data: Array) -> float:
@@ -303,7 +435,8 @@ def _variance(data: Array) -> float:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Note how long the block took, in seconds."""
     begin = time.monotonic()
     yield
     seconds[step] = time.monotonic() - begin

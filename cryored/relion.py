@@ -20,10 +20,12 @@ from cryored.star import Star, read_star
 
 _GENERAL = "external_reconstruct_general"
 _TAU2 = "external_reconstruct_tau2"
-_ENDING = "_external_reconstruct"
+ENDING = "_external_reconstruct"  # of a request's name, before ".star"
 # run_it003_half1_class001, run_ct5_it006_class002, run_it002_body001 ...
 _ROOT = re.compile(r"(?P<run>.*)_it(?P<iteration>\d+)(?P<half>_half[12])?(?:_(?:class|body)\d+)+$")
 _ITERATION = re.compile(r"_it(\d+)_")
+
+CURRENT = Path()  # the current folder, without its name
 
 Shells = npt.NDArray[np.float64]
 
@@ -76,7 +78,7 @@ class Request:
     @property
     def root(self) -> str:
         """RELION's name for the map, such as ``run/run_it003_half1_class001``."""
-        return str(self.star.with_suffix("")).removesuffix(_ENDING)
+        return str(self.star.with_suffix("")).removesuffix(ENDING)
 
     @property
     def log(self) -> Path:
@@ -104,6 +106,14 @@ class Request:
         return nominal_resolution(self.frequency, self.fsc)
 
 
+def parts_of(name: str) -> tuple[int | None, int | None]:
+    """Return iteration and half that a name such as ``run_it003_half1_class001`` tells of, None where it does not."""
+    match = _ROOT.match(name)
+    if match is None:
+        return None, None
+    return int(match.group("iteration")), int(match.group("half")[-1]) if match.group("half") else None
+
+
 def is_request(path: str) -> bool:
     """Tell whether a file is a request, without judging it."""
     try:
@@ -112,21 +122,50 @@ def is_request(path: str) -> bool:
         return False
 
 
-def read_request_file(path: str, *, angpix: float | None = None) -> Request:
-    """Read a request from a file, or for ``-`` from a pipe: it is then taken as lying where its result goes."""
-    star = read_star(path)
+def read_request_file(path: str, *, folder: Path = CURRENT, angpix: float | None = None) -> Request:
+    """Read a request from a file, or for ``-`` from a pipe: it is then taken as lying where its result goes.
+
+    Parameters
+    ----------
+    path : str
+        As RELION names it.
+    folder : Path
+        RELION's project folder, which relative paths are seen from.
+    angpix : float, optional
+        See `read_request`.
+    """
     if is_stream(path):
+        star = read_star(path)
         result = Path(star.text(_GENERAL, "rlnExtReconsResult"))
         star = dataclasses.replace(star, name=str(result.with_suffix(".star")))
-    return read_request(star, angpix=angpix)
+    else:
+        star = read_star(folder / path)
+    return read_request(star, folder=folder, angpix=angpix)
 
 
-def read_request(star: Star, *, angpix: float | None = None) -> Request:
+def project_folder(star: Path) -> Path:
+    """Return the folder that a request's paths are relative to: its results lie beside the request.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    result = Path(read_star(star).text(_GENERAL, "rlnExtReconsResult"))
+    for folder in star.resolve().parents:
+        if (folder / result).resolve().parent == star.resolve().parent:
+            return folder
+    raise InputError(f"{star}: its result {result} lies in another folder, expected beside it")
+
+
+def read_request(star: Star, *, folder: Path = CURRENT, angpix: float | None = None) -> Request:
     """Interpret RELION's request (3.1, 4 or 5).
 
     Parameters
     ----------
     star : Star
+    folder : Path
+        RELION's project folder, which relative paths are seen from.
     angpix : float, optional
         Pixel size in angstrom; else the request's (RELION 4 and 5), else that of the run's latest
         ``_model.star`` beside it.
@@ -139,7 +178,7 @@ def read_request(star: Star, *, angpix: float | None = None) -> Request:
     name = star.name
 
     def path(label: str) -> Path:
-        return Path(star.text(_GENERAL, label))
+        return folder / star.text(_GENERAL, label)
 
     dimension = _whole_number(star, "rlnReferenceDimensionality")
     if dimension != 3:
@@ -167,7 +206,7 @@ def read_request(star: Star, *, angpix: float | None = None) -> Request:
         data_imag=path("rlnExtReconsDataImag"),
         weight=path("rlnExtReconsWeight"),
         result=path("rlnExtReconsResult"),
-        result_star=None if result_star is None else Path(result_star),
+        result_star=None if result_star is None else folder / result_star,
         tau2_fudge=fudge,
         pad=pad,
         ori=ori,
@@ -234,7 +273,7 @@ def _pixel_size(star: Star, ori: int, angpix: float | None) -> float:
 
 def _model_stars(request: Path) -> Iterator[Path]:
     """Yield the ``_model.star`` files beside a request: its own run's first, the latest iteration first."""
-    match = _ROOT.match(str(request.with_suffix("").name).removesuffix(_ENDING))
+    match = _ROOT.match(str(request.with_suffix("").name).removesuffix(ENDING))
     run = match.group("run") if match else None
 
     def order(path: Path) -> tuple[bool, int]:

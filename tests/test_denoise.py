@@ -47,8 +47,10 @@ def card(**changes):
 
 def model_with(monkeypatch, operator, **changes):
     """Return a model whose network is `operator` on (z, y, x) arrays."""
-    monkeypatch.setattr(Denoiser, "load", lambda self: setattr(self, "device_name", "CPU"))
-    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: operator(data).astype(np.float32))
+    monkeypatch.setattr(Denoiser, "load", lambda self: setattr(self, "_loaded_on", "CPU"))
+    monkeypatch.setattr(
+        Denoiser, "_predict", lambda self, data: np.stack([operator(one) for one in data]).astype(np.float32)
+    )
     return Model(Path("nowhere"), card(**changes))
 
 
@@ -353,7 +355,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / "models" / name / "model.keras").write_bytes(b"weights")
         (tmp_path / "models" / name / "card.json").write_text(json.dumps(vars(facts)))
     monkeypatch.setenv("CRYORED_MODEL_PATH", str(tmp_path / "models"))
-    monkeypatch.setattr(Denoiser, "load", lambda self: setattr(self, "device_name", "CPU"))
+    monkeypatch.setattr(Denoiser, "load", lambda self: setattr(self, "_loaded_on", "CPU"))
     monkeypatch.setattr(Denoiser, "_predict", lambda self, data: np.zeros_like(data))
     truth = 2 * window(blob(24, 1.5).data, (20, 24, 22))
     for i in (1, 2):
@@ -571,3 +573,86 @@ class TestShipped:
         done = CliRunner().invoke(cli, ["denoise", "map.mrc", "-o", "out.mrc", "--cpu"])
         assert done.exit_code == 0, done.output
         np.testing.assert_allclose(read_volume("out.mrc").data, denoised.data, atol=1e-5 * np.abs(denoised.data).max())
+
+
+# Several maps at once, and too little memory
+
+
+def test_two_maps_share_one_network_call(monkeypatch):
+    model = model_with(monkeypatch, lambda data: 0.3 * local_mean(data))
+    single = Denoiser._predict
+    passes = []
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: passes.append(len(data)) or single(self, data))
+    maps = [blob(24, 1.5, seed=seed) for seed in (1, 2)]
+    together = Denoiser(model).denoise_all(maps)
+    assert passes == [2]
+    for volume, result in zip(maps, together, strict=True):
+        np.testing.assert_array_equal(result.data, Denoiser(model)(volume).data)
+
+
+def test_maps_of_different_boxes_and_a_constant_one(monkeypatch):
+    model = model_with(monkeypatch, lambda data: 0.3 * local_mean(data))
+    maps = [blob(24, 1.5), Volume(np.ones((24,) * 3, np.float32), 1.5), blob(20, 2.0)]
+    for volume, result in zip(maps, Denoiser(model).denoise_all(maps), strict=True):
+        np.testing.assert_array_equal(result.data, Denoiser(model)(volume).data)
+
+
+class ResourceExhaustedError(Exception):
+    """Named as TensorFlow's."""
+
+
+def short_of_memory(monkeypatch, most, device_name):
+    """Return a model whose network fails for more than `most` voxels at a time on the device of that name."""
+    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)  # the command line turns it off
+    model = model_with(monkeypatch, local_mean)
+    monkeypatch.setattr(
+        Denoiser, "load", lambda self: self.__dict__.update(_loaded_on=device_name, _network=self._network or "first")
+    )
+    whole = Denoiser._predict
+
+    def predict(self, data):
+        if data.size > most and self._network == "first":
+            raise ResourceExhaustedError("OOM when allocating")
+        return whole(self, data)
+
+    monkeypatch.setattr(Denoiser, "_predict", predict)
+    monkeypatch.setattr("cryored.denoise.load_network", lambda model: "on the CPU")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("most", "warning"),
+    [(100**3, "one by one"), (70**3, "tiles of 56 voxels")],
+)
+def test_short_of_memory_in_smaller_pieces(monkeypatch, caplog, most, warning):
+    maps = [blob(80, 1.5, seed=seed) for seed in (1, 2)]
+    expected = Denoiser(model_with(monkeypatch, local_mean)).denoise_all(maps)
+    denoiser = Denoiser(short_of_memory(monkeypatch, most, "GPU H1"))
+    for one, other in zip(denoiser.denoise_all(maps), expected, strict=True):
+        np.testing.assert_allclose(one.data, other.data, atol=FLOAT32 * np.abs(other.data).max())
+    assert warning in caplog.text
+    assert denoiser.device_name == "GPU H1"
+
+
+def test_short_of_all_memory_goes_to_the_cpu_and_says_so(monkeypatch, caplog):
+    volume = blob(80, 1.5)
+    denoiser = Denoiser(short_of_memory(monkeypatch, 10**3, "GPU H1"))
+    first = denoiser(volume)
+    assert "this map goes to the CPU" in caplog.text
+    assert denoiser.device_name == "CPU (memory of GPU H1 too small)"
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: np.stack([local_mean(one) for one in data]))
+    second = denoiser(volume)  # by then the GPU has room
+    assert denoiser.device_name == "GPU H1"
+    np.testing.assert_allclose(first.data, second.data, atol=FLOAT32 * np.abs(second.data).max())
+
+
+def test_short_of_memory_on_the_cpu_is_an_error(monkeypatch):
+    with pytest.raises(ModelError, match="not enough memory .* the smallest"):
+        Denoiser(short_of_memory(monkeypatch, 10**3, "CPU"))(blob(80, 1.5))
+
+
+def test_other_failures_of_the_network_are_not_taken_for_memory(monkeypatch):
+    model = model_with(monkeypatch, local_mean)
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Denoiser(model)(blob(24, 1.5))

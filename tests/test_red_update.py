@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -9,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import types
+import typing
 from pathlib import Path
 
 import mrcfile
@@ -21,6 +24,7 @@ import cryored
 from cryored.cli import cli
 from cryored.lambda_schedule import Schedule
 from cryored.mrc import read_array, read_volume, write_volume
+from cryored.red_update import Settings, Updater
 from cryored.relion import read_request
 from cryored.star import read_star
 from cryored.update import Accumulators, Denoised, inverse_prior, reconstruct
@@ -215,6 +219,57 @@ def test_the_prior_fades_at_the_models_nyquist_frequency(project, tmp_path):
         change[pixel_size] = difference(*maps)
     assert change[1.5] > 0.1
     assert change[3.0] < 1e-5  # the packet ends at 3e-5 of its height at the faces of the box, in all frequencies
+
+
+def test_beyond_its_limit_the_prior_has_no_say(project):
+    """A packet of waves of 4 A in the denoised map is in the result for a limit of 3.2 A, and is not for one of 6 A."""
+    job = project(name="run_it012_class001")  # data up to 3 A
+    assert job.run("--lambda", 0, "-o", "map.mrc").exit_code == 0
+    regularised = read_volume("map.mrc")
+    z, y, x = np.indices((64,) * 3) - 32
+    wave = np.cos(2 * np.pi * 1.5 * x / 4) * np.exp(-(z**2 + y**2 + x**2) / (2 * 7**2)) * regularised.data.max()
+    write_volume("wave.mrc", regularised.with_data((regularised.data + wave).astype(np.float32)), label="test")
+    change = {}
+    for limit in ("3.2", "6"):
+        maps = []
+        for name in ("wave", "map"):
+            done = job.run(
+                "--denoised", f"{name}.mrc", "--lambda", 1, "--prior-limit", limit, "-o", f"{name}{limit}.mrc"
+            )
+            assert done.exit_code == 0, done.stderr
+            maps.append(read_volume(f"{name}{limit}.mrc").data)
+        change[limit] = difference(*maps)
+    assert change["3.2"] > 0.1
+    assert change["6"] < 1e-5
+    assert job.records()[-1]["prior_limit"] == 6
+
+
+def test_an_updater_takes_requests_together(project):
+    """The halves of an iteration share one call of the network; each gets what it gets alone."""
+    job = project()
+    request, sums = job.load()
+    other = dataclasses.replace(request, tau2=request.tau2 / 2)
+
+    class Halving:
+        model = types.SimpleNamespace(card=types.SimpleNamespace(input="regularised", pixel_size=1.5))
+        calls: typing.ClassVar = []
+
+        def load(self):
+            pass
+
+        def denoise_all(self, volumes):
+            self.calls.append(len(volumes))
+            return [volume.with_data(volume.data / 2) for volume in volumes]
+
+    updater = Updater(Settings(lam=1.0), Halving())
+    works = [updater.begin(one, sums) for one in (request, other)]
+    updater.denoise(works)
+    assert Halving.calls == [2]
+    together = [updater.finish(work) for work in works]
+    for one, answer in zip((request, other), together, strict=True):
+        np.testing.assert_array_equal(answer.result.data, updater.answer(one, sums).result.data)
+        assert 0 < answer.change < 0.5
+        assert 1 < answer.power_ratio < 1.1  # MAP pulls towards 0, the prior towards half of the map
 
 
 def test_class3d_takes_a_number(project):

@@ -49,7 +49,7 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from cryored.cli.options import verbosity
-        from cryored.errors import CryoredError
+        from cryored.errors import CryoredError, in_words
 
         try:
             return super().invoke(ctx)
@@ -60,17 +60,7 @@ class _LazyGroup(click.Group):
         except (CryoredError, OSError, MemoryError) as error:
             if verbosity(ctx) >= 2:
                 raise
-            raise _Failure(_message(error)) from error
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return f"not enough memory ({error or 'allocation failed'}); use smaller tiles or fewer threads"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"standard output: {error.strerror}"  # the only stream that has no name
-    return str(error)
+            raise _Failure(in_words(error)) from error
 
 
 @click.group(

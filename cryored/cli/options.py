@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from cryored.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from cryored.red_update import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,3 +109,96 @@ grid_angpix = click.option(
     metavar="ANGSTROM",
     help="Voxel size in angstrom.",
 )
+
+
+class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    name = "auto|paper|0..1"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value in ("auto", "paper"):
+            return str(value)
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= 1:
+            self.fail(f"'{value}' is not auto, paper or a number between 0 and 1", param, ctx)
+        return number
+
+
+def update(command: str) -> Callable[[F], F]:
+    """Add the options that say how requests are answered; `settings` takes them.
+
+    Parameters
+    ----------
+    command : str
+        Name of the environment variables' middle part; click would make that of --lambda of the name "lam".
+    """
+
+    def add(function: F) -> F:
+        for option in reversed(
+            (
+                model,
+                click.option(
+                    "--lambda",
+                    "lam",
+                    type=_Lambda(),
+                    envvar=f"CRYORED_{command}_LAMBDA",
+                    default="auto",
+                    show_default=True,
+                    help="Weight of the prior: 0 is RELION's own MAP map; auto follows the FSC of the request by the "
+                    "schedule in the model's card, or by the paper's where it has none; paper is 1 at 4.5 A, 0 at "
+                    "10 A, linear between.",
+                ),
+                click.option(
+                    "--schedule",
+                    type=PATH,
+                    metavar="FILE.json",
+                    help="Schedule for auto, instead of the model's.",
+                ),
+                angpix,
+                click.option(
+                    "--extrapolate/--no-extrapolate",
+                    default=False,
+                    show_default=True,
+                    help="Let the prior fill the shells without data, as the paper's script does; else they are as in "
+                    "plain MAP.",
+                ),
+                click.option(
+                    "--prior-limit",
+                    type=click.FloatRange(min=0, min_open=True),
+                    metavar="ANGSTROM",
+                    help="Use the prior only up to this resolution (it fades over the last tenth): what is seen "
+                    "beyond owes it nothing.",
+                ),
+                click.option("--clean", is_flag=True, help="Remove RELION's three arrays after success."),
+            )
+        ):
+            function = option(function)
+        return function
+
+    return add
+
+
+def settings(
+    lam: float | str,
+    schedule: str | None,
+    extrapolate: bool,
+    prior_limit: float | None,
+    threads: int | None,
+) -> Settings:
+    """Return what the options of `update` ask for."""
+    if lam != "auto" and schedule is not None:
+        raise click.UsageError("--schedule is for --lambda auto; give one of the two.")
+
+    from cryored.lambda_schedule import Schedule, read_schedule
+    from cryored.red_update import Settings
+
+    followed = None if schedule is None else read_schedule(schedule)
+    return Settings(
+        lam=None if isinstance(lam, str) else lam,
+        schedule=Schedule() if lam == "paper" else followed,
+        extrapolate=extrapolate,
+        prior_limit=prior_limit,
+        threads=threads,
+    )

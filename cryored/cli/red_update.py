@@ -7,41 +7,9 @@ import click
 from cryored.cli import options
 
 
-class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    name = "auto|paper|0..1"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        if value in ("auto", "paper"):
-            return str(value)
-        try:
-            number = float(str(value))
-        except ValueError:
-            number = -1.0
-        if not 0 <= number <= 1:
-            self.fail(f"'{value}' is not auto, paper or a number between 0 and 1", param, ctx)
-        return number
-
-
 @click.command()
 @click.argument("job", type=options.PATH, metavar="JOB.star")
-@options.model
-@click.option(
-    "--lambda",
-    "lam",
-    type=_Lambda(),
-    envvar="CRYORED_RED_UPDATE_LAMBDA",  # click would make it of the name "lam"
-    default="auto",
-    show_default=True,
-    help="Weight of the prior: 0 is RELION's own MAP map; auto follows the FSC of the request by the schedule in the "
-    "model's card, or by the paper's where it has none; paper is 1 at 4.5 A, 0 at 10 A, linear between.",
-)
-@click.option(
-    "--schedule",
-    type=options.PATH,
-    metavar="FILE.json",
-    help="Schedule for auto, instead of the model's.",
-)
-@options.angpix
+@options.update("RED_UPDATE")
 @click.option(
     "-o", "--output", type=options.PATH, metavar="OUT.mrc", help='Map to write, or "-".  [default: the request\'s]'
 )
@@ -57,13 +25,6 @@ class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--denoised", type=options.PATH, metavar="IN.mrc", help="Use this denoised map instead of running the network."
 )
 @click.option("--check", is_flag=True, help="Validate everything, print what would be done, write nothing.")
-@click.option("--clean", is_flag=True, help="Remove RELION's three arrays after success.")
-@click.option(
-    "--extrapolate/--no-extrapolate",
-    default=False,
-    show_default=True,
-    help="Let the prior fill the shells without data, as the paper's script does; else they are as in plain MAP.",
-)
 @options.device
 @options.threads
 @options.overwrite
@@ -80,6 +41,7 @@ def red_update(
     check: bool,
     clean: bool,
     extrapolate: bool,
+    prior_limit: float | None,
     gpu: bool | None,
     threads: int | None,
     overwrite: bool,
@@ -104,22 +66,9 @@ def red_update(
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
-    if lam != "auto" and schedule is not None:
-        raise click.UsageError("--schedule is for --lambda auto; give one of the two.")
+    from cryored.red_update import red_update_file
 
-    from cryored.lambda_schedule import Schedule, read_schedule
-    from cryored.red_update import Settings, red_update_file
-
-    if lam == "paper":
-        followed: Schedule | None = Schedule()
-    else:
-        followed = None if schedule is None else read_schedule(schedule)
-    settings = Settings(
-        lam=None if isinstance(lam, str) else lam,
-        schedule=followed,
-        extrapolate=extrapolate,
-        threads=threads,
-    )
+    settings = options.settings(lam, schedule, extrapolate, prior_limit, threads)
     record = red_update_file(
         job,
         settings,
