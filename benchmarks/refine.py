@@ -33,27 +33,16 @@ VARIANTS = {
 }
 
 
-def soft_mask(truth: npt.NDArray[np.float32], angpix: float) -> npt.NDArray[np.float32]:
-    """Return a mask around the molecule: the truth at 15 A above a tenth of its peak, with an edge of 9 A."""
-    from scipy.ndimage import distance_transform_edt
-
-    from cryored.simulate.particles import low_pass
-    from cryored.volume import raised_cosine
-
-    blurred = low_pass(truth, angpix, 15.0)
-    outside = distance_transform_edt(blurred < 0.1 * blurred.max()) * angpix
-    return raised_cosine((outside - 3.0) / 9.0).astype(np.float32)
-
-
 def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
     """Return the masked FSC of a run's averaged half-maps to the truth."""
     from cryored.fsc import shell_correlation
+    from cryored.mask import soft_mask
     from cryored.mrc import read_volume
 
-    truth = read_volume(data.truth).data
-    mask = soft_mask(truth, data.angpix)
+    truth = read_volume(data.truth)
+    mask = soft_mask(truth).data
     average = sum(half_maps(data, name)) / 2
-    return shell_correlation(average * mask, truth * mask)
+    return shell_correlation(average * mask, truth.data * mask)
 
 
 def judge(data: Data, names: list[str]) -> list[dict[str, object]]:

@@ -17,10 +17,12 @@ import numpy.typing as npt
 import scipy.fft
 
 from cryored.threads import default_threads
-from cryored.volume import Floats
+from cryored.volume import Floats, raised_cosine
 
 Complexes = npt.NDArray[np.complexfloating]
 Integers = npt.NDArray[np.int32]
+
+_LOWPASS_EDGE = 2  # shells over which a low-pass filter falls, as in RELION
 
 
 def forward(data: Floats, threads: int | None = None) -> Complexes:
@@ -74,6 +76,14 @@ def apply_shells(data: Floats, weights: Floats, threads: int | None = None) -> F
     index = np.minimum(shell_index(data.shape), len(weights))
     table = np.append(weights, 0.0).astype(np.float32)
     return inverse(forward(data, threads) * table[index], data.shape, threads)
+
+
+def low_pass(data: Floats, voxel_size: float, resolution: float, threads: int | None = None) -> Floats:
+    """Filter a map to `resolution` in angstrom, by a raised cosine two shells wide centred there."""
+    longest = max(data.shape)
+    shell = longest * voxel_size / resolution
+    radius = np.arange(longest // 2 + 1)
+    return apply_shells(data, raised_cosine((radius - shell) / _LOWPASS_EDGE + 0.5), threads)
 
 
 def shell_power(transform: Complexes, shape: tuple[int, int, int]) -> npt.NDArray[np.float64]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.fourier import Complexes, forward, inverse, shell_index, spatial_frequency
+from cryored.fourier import Complexes, apply_shells, forward, inverse, shell_index, spatial_frequency
+from cryored.models import DEFAULT_MODEL, check_weights, find_model
 from cryored.mrc import read_volume
 from cryored.output import is_stream
 from cryored.volume import Floats, Volume
@@ -73,6 +75,28 @@ class MaskedFsc:
 
 
 @dataclass(frozen=True)
+class SubstitutedFsc:
+    """What a denoiser makes common to two maps that have nothing in common beyond a shell.
+
+    Parameters
+    ----------
+    start : int
+        First shell in which noise stands for the signal.
+    substituted : (n_shells,) float64
+        FSC of the maps with noise, before the denoiser: the control, about 0 from `start` on but for the mask.
+    denoised : (n_shells,) float64
+        FSC of the denoised maps.
+    denoised_substituted : (n_shells,) float64
+        FSC of the denoised maps with noise: from `start` on it is invented.
+    """
+
+    start: int
+    substituted: Curve
+    denoised: Curve
+    denoised_substituted: Curve
+
+
+@dataclass(frozen=True)
 class FscResult:
     """What a comparison of two files gave.
 
@@ -90,6 +114,8 @@ class FscResult:
         FSC of the maps as they are.
     masked : MaskedFsc or None
         The curves with the mask.
+    substituted : SubstitutedFsc or None
+        The test for invented detail.
     """
 
     maps: tuple[str, str]
@@ -98,6 +124,7 @@ class FscResult:
     voxel_size: float
     unmasked: Curve
     masked: MaskedFsc | None
+    substituted: SubstitutedFsc | None = None
 
     @property
     def best(self) -> Curve:
@@ -189,11 +216,7 @@ def masked_correlation(
                 f"the unmasked FSC never drops below {_RANDOMISE_BELOW}, expected a shell from which to "
                 "randomise phases; give --randomise-from, and check that the maps are independent"
             )
-    if not 0 < randomise_from < shells:
-        raise InputError(
-            f"phases to be randomised from shell {randomise_from} on, expected 1 to {shells - 1}; "
-            "give another --randomise-from"
-        )
+    _check_shell(randomise_from, shells, "phases to be randomised", "--randomise-from")
     masked = _correlate((forward(data1 * mask, threads), forward(data2 * mask, threads)), index, shells)
     # By the radius itself, not the rounded shell, as RELION does: half of the first shell keeps its phases.
     beyond = spatial_frequency(shape, 1.0 / max(shape)) >= randomise_from
@@ -229,6 +252,75 @@ def corrected_correlation(masked: Curve, randomised: Curve, randomise_from: int)
     excess, rest = masked[start:] - randomised[start:], 1 - randomised[start:]
     tail = np.divide(excess, rest, out=np.zeros_like(rest), where=rest > _NOTHING_LEFT)
     return np.concatenate((masked[:start], tail))
+
+
+def substitute_noise(data: Floats, start: int, *, rng: np.random.Generator, threads: int | None = None) -> Floats:
+    """Replace the signal by noise of the same power from shell `start` on; the shells before stay as they are.
+
+    Each coefficient keeps its amplitude, and its phase becomes that of a map of white noise: no phase is left, as in
+    the noise substitution of Chen et al. 2013, and Friedel mates agree, so that the power is kept exactly.
+
+    Parameters
+    ----------
+    data : (z, y, x) float
+    start : int
+    rng : numpy.random.Generator
+    threads : int, optional
+        For the transforms; all cores by default.
+    """
+    transform = forward(data, threads)
+    noise = forward(rng.standard_normal(data.shape, dtype=np.float32), threads)
+    substituted = np.abs(transform) * np.exp(1j * np.angle(noise))
+    return inverse(np.where(shell_index(data.shape) >= start, substituted, transform), data.shape, threads)
+
+
+def substituted_correlation(
+    data1: Floats,
+    data2: Floats,
+    denoise: Callable[[Floats], Floats],
+    start: int,
+    *,
+    rng: np.random.Generator,
+    mask: Floats | None = None,
+    threads: int | None = None,
+) -> SubstitutedFsc:
+    """Denoise two half-maps with noise in place of the signal: what they then share was invented.
+
+    Parameters
+    ----------
+    data1, data2 : (z, y, x) float
+        Maps as the denoiser expects them; one that expects filtered maps gets those filtered by the FSC of the
+        true halves. Noise is put in afterwards, so with the weight that the signal had: filtered by an FSC of its own,
+        which is 0 from `start` on, it would vanish before the denoiser could mistake it.
+    denoise : callable
+        Takes and returns a map.
+    start : int
+        First shell with noise (see `substitute_noise`), independent in the two maps.
+    rng : numpy.random.Generator
+    mask : (z, y, x) float, optional
+        Multiplies the maps before they are compared, never before they are denoised.
+    threads : int, optional
+        For the transforms; all cores by default.
+
+    Raises
+    ------
+    InputError
+        `start` is shell 0 or beyond Nyquist.
+    """
+    _check_shell(start, max(data1.shape) // 2 + 1, "noise", "--substitute-noise")
+    halves = [data1, data2]
+    noisy = [substitute_noise(data, start, rng=rng, threads=threads) for data in halves]
+
+    def compare(maps: list[Floats]) -> Curve:
+        first, second = maps if mask is None else (data * mask for data in maps)
+        return shell_correlation(first, second, threads=threads)
+
+    return SubstitutedFsc(
+        start,
+        substituted=compare(noisy),
+        denoised=compare([denoise(data) for data in halves]),
+        denoised_substituted=compare([denoise(data) for data in noisy]),
+    )
 
 
 def nominal_resolution(frequency: Curve, curve: Curve, threshold: float = 0.143) -> float:
@@ -277,6 +369,11 @@ def _last_above(curve: Curve, threshold: float) -> int:
     return (len(curve) if first is None else first) - 1
 
 
+def _check_shell(shell: int, shells: int, what: str, option: str) -> None:
+    if not 0 < shell < shells:
+        raise InputError(f"{what} from shell {shell} on, expected 1 to {shells - 1}; give another {option}")
+
+
 def _shells(shape: tuple[int, int, int]) -> tuple[Shells, int]:
     """Return the shell of each coefficient, flat, and the number of shells up to Nyquist."""
     # In bincount's own type, or it would convert at each of its calls.
@@ -317,6 +414,9 @@ def fsc_files(
     mask: AnyPath | None = None,
     angpix: float | None = None,
     randomise_from: float | None = None,
+    substitute_noise_from: float | None = None,
+    model: str = DEFAULT_MODEL,
+    gpu: bool | None = None,
     seed: int = 0,
     threads: int | None = None,
 ) -> FscResult:
@@ -330,15 +430,25 @@ def fsc_files(
         Pixel size in angstrom that replaces those of the headers.
     randomise_from : float, optional
         Resolution in angstrom beyond which phases are randomised; see `masked_correlation` for the default.
+    substitute_noise_from : float, optional
+        Resolution in angstrom beyond which noise replaces the signal in a test of a model; see
+        `substituted_correlation`. The maps are then raw half-maps.
+    model : str
+        Name or folder of the model under test.
+    gpu : bool, optional
+        See `cryored.device.set_up`.
     seed : int
-        Of the random phases.
+        Of the random phases and of the noise.
     threads : int, optional
         For the transforms; all cores by default.
 
     Raises
     ------
     InputError
-        A file cannot be read, the grids differ, a map is constant, or the mask is no mask.
+        A file cannot be read, the grids differ, a map is constant, the mask is no mask, or a resolution lies
+        outside the shells.
+    ModelError
+        The model cannot be found or used.
     """
     names = (_name(map1), _name(map2))
     volume1, volume2 = (read_volume(path, angpix=angpix) for path in (map1, map2))
@@ -348,27 +458,51 @@ def fsc_files(
     _check_shape(names[1], volume2, names[0], volume1)
     voxel_size = _common_voxel_size(names, volume1.voxel_size, volume2.voxel_size)
     box = max(volume1.shape)
+
+    def shell_at(resolution: float, option: str) -> int:
+        if not voxel_size:
+            raise InputError(f"{names[0]}: no pixel size in the header, {option} needs it; give --angpix")
+        # Downwards, as RELION does; the small number keeps 12 A of 96 A at shell 8.
+        return math.floor(box * voxel_size / resolution + 1e-6)
+
+    masked = envelope = None
     if mask is None:
         unmasked = shell_correlation(volume1.data, volume2.data, threads=threads)
-        return FscResult(names, None, box, voxel_size, unmasked, None)
-    envelope = read_volume(mask, angpix=angpix)
-    _check_shape(_name(mask), envelope, names[0], volume1)
-    _check_mask(_name(mask), envelope.data)
-    shell = None
-    if randomise_from is not None:
-        if not voxel_size:
-            raise InputError(f"{names[0]}: no pixel size in the header, --randomise-from needs it; give --angpix")
-        # Downwards, as RELION does; the small number keeps 12 A of 96 A at shell 8.
-        shell = math.floor(box * voxel_size / randomise_from + 1e-6)
-    masked = masked_correlation(
-        volume1.data,
-        volume2.data,
-        envelope.data,
-        rng=np.random.default_rng(seed),
-        randomise_from=shell,
-        threads=threads,
-    )
-    return FscResult(names, _name(mask), box, voxel_size, masked.unmasked, masked)
+    else:
+        envelope = read_volume(mask, angpix=angpix)
+        _check_shape(_name(mask), envelope, names[0], volume1)
+        _check_mask(_name(mask), envelope.data)
+        masked = masked_correlation(
+            volume1.data,
+            volume2.data,
+            envelope.data,
+            rng=np.random.default_rng(seed),
+            randomise_from=None if randomise_from is None else shell_at(randomise_from, "--randomise-from"),
+            threads=threads,
+        )
+        unmasked = masked.unmasked
+    substituted = None
+    if substitute_noise_from is not None:
+        from cryored.denoise import Denoiser
+
+        start = shell_at(substitute_noise_from, "--substitute-noise")
+        denoiser = Denoiser(find_model(model), gpu=gpu, threads=threads)
+        check_weights(denoiser.model)
+        data1, data2 = volume1.data, volume2.data
+        if denoiser.model.card.input == "regularised":
+            data1, data2 = (apply_shells(data, np.clip(unmasked, 0.0, 1.0), threads) for data in (data1, data2))
+        substituted = substituted_correlation(
+            data1,
+            data2,
+            lambda data: denoiser(Volume(data, voxel_size)).data,
+            start,
+            # Random numbers of its own, so that the noise is the same with and without a mask.
+            rng=np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0]),
+            mask=None if envelope is None else envelope.data,
+            threads=threads,
+        )
+        logger.info("denoised with %s on %s", denoiser.model.card.name, denoiser.device_name)
+    return FscResult(names, None if mask is None else _name(mask), box, voxel_size, unmasked, masked, substituted)
 
 
 def log_summary(result: FscResult, threshold: float = 0.143) -> None:
@@ -384,6 +518,8 @@ def log_summary(result: FscResult, threshold: float = 0.143) -> None:
         logger.info("resolution %s: the last shell before the %s FSC drops below %g", place, kind, threshold)
     if not result.voxel_size:
         logger.warning("%s: no pixel size in the header, so no frequencies; give --angpix", result.maps[0])
+    if result.substituted is not None:
+        _log_invented(result.substituted, result.frequency)
     if result.masked is None:
         return
     logger.info("phases randomised from shell %d on", result.masked.randomise_from)
@@ -391,6 +527,20 @@ def log_summary(result: FscResult, threshold: float = 0.143) -> None:
         logger.warning("the unmasked FSC reaches further than the corrected one: does the mask cut density?")
     elif shell and result.masked.randomised[shell] > 0.1:
         logger.warning("the FSC of random phases is above 0.1 at the resolution: use a wider or softer mask")
+
+
+def _log_invented(test: SubstitutedFsc, frequency: Curve) -> None:
+    beyond = test.denoised_substituted[test.start :]
+    logger.info(
+        "beyond %.2f A: mean FSC %.3f denoised; with noise for signal %.3f denoised (invented; at most %.3f, at "
+        "%.2f A), %.3f not denoised",
+        1 / frequency[test.start],
+        test.denoised[test.start :].mean(),
+        beyond.mean(),
+        beyond.max(),
+        1 / frequency[test.start + beyond.argmax()],
+        test.substituted[test.start :].mean(),
+    )
 
 
 def _name(path: AnyPath) -> str:

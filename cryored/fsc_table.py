@@ -145,13 +145,18 @@ def format_tsv(result: FscResult) -> str:
     """Lay out all curves as a table: one line a shell, tab separated, with a header.
 
     Columns: shell, frequency (1/angstrom), resolution (angstrom), fsc (unmasked), and with a mask fsc_masked,
-    fsc_randomised and fsc_corrected. Without a pixel size frequency and resolution are nan.
+    fsc_randomised and fsc_corrected, with a test of a model fsc_substituted, fsc_denoised and
+    fsc_denoised_substituted. Without a pixel size frequency and resolution are nan.
     """
     columns = {"fsc": result.unmasked}
     if result.masked is not None:
         columns["fsc_masked"] = result.masked.masked
         columns["fsc_randomised"] = result.masked.randomised
         columns["fsc_corrected"] = result.masked.corrected
+    if result.substituted is not None:
+        columns["fsc_substituted"] = result.substituted.substituted
+        columns["fsc_denoised"] = result.substituted.denoised
+        columns["fsc_denoised_substituted"] = result.substituted.denoised_substituted
     lines = ["\t".join(["shell", "frequency", "resolution", *columns])]
     for shell, frequency in enumerate(result.frequency):
         resolution = np.inf if frequency == 0 else 1 / frequency
@@ -223,8 +228,17 @@ def draw_fsc(path: str | os.PathLike[str], result: FscResult, threshold: float =
             (result.masked.randomised, "masked, phases random", "tab:red", 1.2),
             (result.masked.corrected, "corrected", "black", 2.0),
         ]
+    test = result.substituted
+    if test is not None:
+        styles += [
+            (test.substituted, "noise for signal", "0.5", 1.2),
+            (test.denoised, "denoised", "tab:purple", 1.2),
+            (test.denoised_substituted, "noise for signal, denoised", "tab:orange", 2.0),
+        ]
     figure = new_figure(7, 4.6)
     axes = figure.add_subplot(xlim=(0, frequency[-1]))
+    if test is not None:
+        axes.axvspan(frequency[test.start], frequency[-1], color="0.95", zorder=0)
     axes.set_ylim(min(-0.05, *(float(curve.min()) - 0.03 for curve, *_ in styles)), 1.03)
     axes.set_xlabel("Spatial frequency (1/Å) and resolution (Å)")
     axes.set_ylabel("Fourier shell correlation")

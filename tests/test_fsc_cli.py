@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
+from cryored.denoise import Denoiser
 from cryored.errors import InputError
 from cryored.fsc import FscResult, MaskedFsc, fsc_files, log_summary, nominal_resolution
 from cryored.fsc_table import format_tsv, format_xml, parse_fsc_table, read_fsc_table, star_blocks
@@ -274,6 +275,28 @@ def test_writes_files_and_the_table(run, tmp_path, masked):
     assert run(HALF1, HALF2, "--xml", paths[1], "--overwrite").exit_code == 0
 
 
+def test_tells_what_a_model_invents(run, tmp_path, monkeypatch, unmasked):
+    """A model that answers every map with one and the same agrees with itself."""
+    detail = np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32)
+    monkeypatch.setattr(Denoiser, "__call__", lambda self, volume: volume.with_data(detail))
+    done = run(HALF1, HALF2, "--substitute-noise", 6, "--plot", tmp_path / "a.png")
+    assert done.exit_code == 0, done.stderr
+    table = columns(done.stdout)
+    assert list(table)[3:] == ["fsc", "fsc_substituted", "fsc_denoised", "fsc_denoised_substituted"]
+    np.testing.assert_allclose(table["fsc"], unmasked.best, atol=1e-6)
+    np.testing.assert_allclose(table["fsc_substituted"][:16], unmasked.best[:16], atol=1e-5)
+    assert np.abs(table["fsc_substituted"][20:31]).max() < 0.1  # beyond, the weights are next to nothing
+    np.testing.assert_array_equal(table["fsc_denoised"], 1)
+    np.testing.assert_array_equal(table["fsc_denoised_substituted"], 1)
+    control = table["fsc_substituted"][16:].mean()
+    assert (
+        "beyond 6.00 A: mean FSC 1.000 denoised; with noise for signal 1.000 denoised (invented; at most 1.000, at "
+        f"6.00 A), {control:.3f} not denoised" in done.stderr
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    np.testing.assert_allclose(parse_fsc_table(done.stdout.encode(), "table").fsc, unmasked.best, atol=1e-6)
+
+
 @pytest.mark.parametrize(("option", "start"), [("--star", "\n# version"), ("--xml", "<fsc title=")])
 def test_a_table_to_standard_output_stands_alone(run, option, start):
     text = run(HALF1, HALF2, option, "-").stdout
@@ -308,6 +331,7 @@ def test_input_errors_are_one_line(run, tmp_path, assert_one_line_error):
         ((HALF1, tmp_path / "none.mrc"), "none.mrc: cannot be read: No such file or directory"),
         ((HALF1, HALF1, "--mask", MASK), "never drops below 0.8"),
         ((HALF1, HALF2, "--xml", tmp_path / "no" / "a.xml"), "does not exist; create it first"),
+        ((HALF1, HALF2, "--substitute-noise", 100), "noise from shell 0 on, expected 1 to 32; give another --subst"),
     ]:
         assert_one_line_error(run(*arguments), message)
 
@@ -373,11 +397,12 @@ def test_the_example_of_the_help_runs(run, tmp_path, monkeypatch):
         (tmp_path / Path(name).name).symlink_to(name)
     text = run("--help").stdout.replace("\\\n", " ")
     commands = [line.split() for line in text.splitlines() if line.strip().startswith("cryored fsc run_")]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for words in commands:
         arguments = words[2 : words.index(">")] if ">" in words else words[2:]
         assert run(*arguments).exit_code == 0
     assert (tmp_path / "fsc.png").exists()
+    assert (tmp_path / "invented.png").exists()
     assert (tmp_path / "fsc.xml").exists()
 
 

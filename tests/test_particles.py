@@ -21,11 +21,11 @@ from click.testing import CliRunner
 import cryored.simulate.particles
 from cryored.cli.simulate_particles import particles as command
 from cryored.errors import CryoredError, InputError, OutputError
-from cryored.fourier import forward, shell_index
+from cryored.fourier import forward, low_pass, shell_index
 from cryored.mrc import Stack, read_volume, write_volume
 from cryored.project import angular_distance, ctf, rotation_matrices
 from cryored.simulate.noise import noise_filter, read_spectrum
-from cryored.simulate.particles import Microscope, low_pass, simulate_particles_file
+from cryored.simulate.particles import Microscope, simulate_particles_file
 from cryored.star import read_star, write_star
 from cryored.volume import Volume
 

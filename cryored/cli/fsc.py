@@ -14,7 +14,11 @@ from cryored.cli import options
     "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
     "      --mask mask.mrc --xml fsc.xml --plot fsc.png > fsc.tsv\n"
     "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
-    "      --mask mask.mrc --resolution-only",
+    "      --mask mask.mrc --resolution-only\n\n"
+    "What the prior invents beyond 6 A, from the same half-maps:\n\n"
+    "\b\n"
+    "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
+    "      --substitute-noise 6 --plot invented.png > invented.tsv",
 )
 @click.argument("map1", type=options.PATH)
 @click.argument("map2", type=options.PATH)
@@ -35,6 +39,15 @@ from cryored.cli import options
     help="With --mask: randomise phases beyond this resolution.  "
     "[default: where the unmasked FSC first drops below 0.8]",
 )
+@click.option(
+    "--substitute-noise",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="ANGSTROM",
+    help="Test --model for invented detail: replace the signal beyond this resolution by noise of the same power "
+    "in both maps, denoise them, and compare them again.",
+)
+@options.model
+@options.device
 @click.option("--star", type=options.PATH, metavar="FILE.star", help="Write a table as relion_postprocess does.")
 @click.option("--xml", type=options.PATH, metavar="FILE.xml", help="Write the curve for a deposition at EMDB.")
 @options.plot
@@ -50,6 +63,9 @@ def fsc(
     threshold: float,
     resolution_only: bool,
     randomise_from: float | None,
+    substitute_noise: float | None,
+    model: str,
+    gpu: bool | None,
     star: str | None,
     xml: str | None,
     plot: str | None,
@@ -63,6 +79,9 @@ def fsc(
     also fsc_masked, fsc_randomised (the part that the mask makes) and fsc_corrected (without that part). The
     numbers are those of relion_postprocess. The resolution is that of the last shell before the curve (the
     corrected one with --mask) first drops below the threshold, inf if there is none.
+
+    --substitute-noise takes raw half-maps and adds fsc_substituted (with noise beyond ANGSTROM), fsc_denoised
+    (the maps denoised by the model) and fsc_denoised_substituted: what that has beyond ANGSTROM is invented.
 
     MAP1, MAP2 or the mask may be "-" for standard input, and --star or --xml "-" for standard output.
     """
@@ -84,7 +103,18 @@ def fsc(
     from cryored.fsc_table import draw_fsc, format_tsv, format_xml, star_blocks
     from cryored.star import write_star
 
-    result = fsc_files(map1, map2, mask=mask, angpix=angpix, randomise_from=randomise_from, seed=seed, threads=threads)
+    result = fsc_files(
+        map1,
+        map2,
+        mask=mask,
+        angpix=angpix,
+        randomise_from=randomise_from,
+        substitute_noise_from=substitute_noise,
+        model=model,
+        gpu=gpu,
+        seed=seed,
+        threads=threads,
+    )
     log_summary(result, threshold)
     if star is not None:
         write_star(star, star_blocks(result, threshold))

@@ -20,14 +20,13 @@ from scipy.special import softmax
 
 from cryored.backproject import BackProjector, half_map_correlation
 from cryored.errors import InputError
-from cryored.fourier import Complexes, apply_shells, frequencies, half_frequencies, squared_radius
+from cryored.fourier import Complexes, apply_shells, frequencies, half_frequencies, low_pass, squared_radius
 from cryored.fsc import nominal_resolution
 from cryored.project import Doubles, Projector, Singles, ctf, perturb, random_rotations, shift_phases
 from cryored.simulate.density import gaussian_map
 from cryored.simulate.gaussian import turned
 from cryored.simulate.grey_scale import grey_scale, reliable_shells
 from cryored.simulate.pair_table import Array, Pair
-from cryored.simulate.particles import low_pass
 from cryored.simulate.structure import Atoms
 from cryored.update import Accumulators, Shells, reconstruct
 from cryored.volume import soft_sphere

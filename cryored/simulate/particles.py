@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
+from cryored.fourier import low_pass
 from cryored.mrc import new_stack, read_volume, write_volume
 from cryored.output import check_target, is_stream
 from cryored.project import (
@@ -30,13 +30,12 @@ from cryored.project import (
 from cryored.simulate.noise import WHITE, draw_noise, noise_filter, read_spectrum
 from cryored.star import Column, Table, write_star
 from cryored.threads import parallel, parts
-from cryored.volume import Floats, Volume, raised_cosine
+from cryored.volume import Volume
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_PIXELS = 2**20  # pixels in memory at a time: about 0.1 GB in all
 _RUN = 16  # images that a thread takes at a time
-_LOWPASS_EDGE = 2  # shells over which the reference's low-pass filter falls, as in RELION
 
 
 @dataclass(frozen=True)
@@ -155,13 +154,6 @@ def clean_images(
 
     parallel(make, parts(len(result), _RUN), threads)
     return result
-
-
-def low_pass(data: Floats, voxel_size: float, resolution: float, threads: int | None = None) -> Floats:
-    """Filter a cubic map to `resolution` in angstrom, by a raised cosine two shells wide centred there."""
-    shell = len(data) * voxel_size / resolution
-    radius = np.arange(len(data) // 2 + 1)
-    return apply_shells(data, raised_cosine((radius - shell) / _LOWPASS_EDGE + 0.5), threads)
 
 
 def add_noise(

@@ -1,0 +1,59 @@
+"""The mask around a map whose shape is known."""
+
+import numpy as np
+import pytest
+
+from cryored.errors import InputError
+from cryored.fourier import apply_shells
+from cryored.mask import soft_mask
+from cryored.volume import Volume, squared_distance
+
+WIDTH = 15.0  # angstrom: so wide that the low-pass filter at 15 A leaves it as it is
+
+
+def gaussian(box, voxel_size):
+    return Volume(np.exp(-squared_distance((box,) * 3) * (voxel_size / WIDTH) ** 2 / 2).astype(np.float32), voxel_size)
+
+
+def radius_at(fraction):
+    """Return where the Gaussian has fallen to a fraction, in angstrom."""
+    return WIDTH * np.sqrt(-2 * np.log(fraction))
+
+
+@pytest.mark.parametrize(("box", "voxel_size"), [(48, 3.0), (80, 1.8), (45, 3.2)])
+@pytest.mark.parametrize("changes", [{}, {"threshold": 0.3}, {"extend": 9.0, "edge": 5.0}, {"edge": 0.0}])
+def test_is_1_around_the_density_and_falls_over_the_edge(box, voxel_size, changes):
+    volume = gaussian(box, voxel_size)
+    mask = soft_mask(volume, **changes)
+    values = {"threshold": 0.1, "extend": 3.0, "edge": 9.0} | changes
+    distance = np.sqrt(squared_distance(volume.shape)) * voxel_size - radius_at(values["threshold"])
+    # Distances are from the nearest voxel inside, so they are off by up to a voxel's diagonal, and never short.
+    slack = np.sqrt(3) * voxel_size
+    assert mask.voxel_size == voxel_size
+    assert mask.data.dtype == np.float32
+    assert np.all(mask.data[distance < values["extend"] - slack] == 1)
+    assert not mask.data[distance > values["extend"] + values["edge"] + 0.1].any()
+    inside = (distance > values["extend"] + 0.1) & (distance < values["extend"] + values["edge"] - slack)
+    expected = 0.5 + 0.5 * np.cos(np.pi * (distance[inside] - values["extend"]) / max(values["edge"], 1))
+    assert np.all(mask.data[inside] <= expected + 0.01)
+    assert np.all(mask.data[inside] > 0)
+
+
+def test_follows_the_shape_not_the_scale_or_the_detail():
+    volume = gaussian(48, 3.0)
+    mask = soft_mask(volume).data
+    np.testing.assert_allclose(soft_mask(volume.with_data(7 * volume.data)).data, mask, atol=1e-6)
+    noise = np.random.default_rng(0).standard_normal(volume.shape).astype(np.float32)
+    beyond = np.arange(25) > 48 * 3.0 / 15.0 + 1  # the filter is two shells wide
+    detail = volume.with_data(volume.data + apply_shells(noise, beyond.astype(np.float32)))
+    assert detail.data.std() > 2 * volume.data.std()
+    np.testing.assert_allclose(soft_mask(detail).data, mask, atol=1e-6)
+    assert np.abs(soft_mask(detail, resolution=6.0).data - mask).max() > 0.5
+
+
+def test_maps_without_a_mask():
+    volume = gaussian(16, 3.0)
+    with pytest.raises(InputError, match=r"pixel size is 0 \(unknown\), expected angstrom"):
+        soft_mask(volume.with_voxel_size(0.0))
+    with pytest.raises(InputError, match="at most -.* at 15 A, expected positive density; is it inverted"):
+        soft_mask(volume.with_data(-volume.data - 1))
