@@ -248,7 +248,7 @@ class Job:
     record: dict[str, Any]
 
     def write(self, updater: Updater, work: Work, answer: Answer) -> dict[str, Any]:
-        """Write the maps and the log; return the log's line.
+        """Write the maps; return what will be logged.
 
         Raises
         ------
@@ -274,9 +274,12 @@ class Job:
         return self.record
 
     def log(self, seconds: dict[str, float]) -> None:
-        """Append the line to the request's log, and tidy up."""
+        """Append the line to the request's log."""
         self.record["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
         _append_log(self.request.log, self.record)
+
+    def tidy(self) -> None:
+        """Remove RELION's arrays, if that was asked for."""
         if self.clean:
             for path in (self.request.data_real, self.request.data_imag, self.request.weight):
                 path.unlink(missing_ok=True)
@@ -286,6 +289,7 @@ def open_job(
     name: str,
     request: Request,
     updater: Updater,
+    by: str,
     *,
     output: str | None = None,
     unregularised: str | None = None,
@@ -299,6 +303,8 @@ def open_job(
     ----------
     name : str
         The request as RELION called it.
+    by : str
+        The command that answers.
     """
     target = output if output is not None else str(request.result)
     check_target(target, overwrite or output is None)
@@ -312,6 +318,7 @@ def open_job(
     record: dict[str, Any] = {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cryored": __version__,
+        "by": by,
         "request": name,
         "result": target,
         "box": request.ori,
@@ -382,6 +389,7 @@ def red_update_file(
             job,
             request,
             updater,
+            "red-update",
             output=output,
             unregularised=unregularised,
             denoised=denoised,
@@ -398,6 +406,7 @@ def red_update_file(
     updater.denoise([work])
     task.write(updater, work, updater.finish(work))
     task.log(seconds | work.seconds | {"total": time.monotonic() - begin})
+    task.tidy()
     return task.record
 
 

@@ -125,14 +125,6 @@ def test_the_same_option_is_the_same_everywhere(name):
 # Exit codes and messages
 
 
-def test_watch_says_that_it_is_not_there_yet():
-    done = cryored("watch", "run")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("cryored: error: watch is not in this version; ")
-    assert done.stderr.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

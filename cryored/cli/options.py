@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -56,7 +57,9 @@ class _Console(logging.Handler):
     """Writes to what sys.stderr is at the time: a test runner may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        # Not click.echo: it goes round a live table's or bar's hold on sys.stderr, and the line lands inside.
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
 
 
 class _Formatter(logging.Formatter):

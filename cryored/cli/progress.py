@@ -6,6 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 logger = logging.getLogger(__name__)
 
@@ -14,14 +18,21 @@ _LINE_EVERY = 60.0  # seconds between lines where there is no terminal
 Advance = Callable[..., None]
 
 
+def terminal() -> Console | None:
+    """Return a console on standard error where somebody looks: a terminal, and no --quiet."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal and logger.isEnabledFor(logging.INFO) else None
+
+
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Advance]:
     """Give a function ``advance(done, total, note="")`` that shows how far a long job is."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not (console.is_terminal and logger.isEnabledFor(logging.INFO)):
+    console = terminal()
+    if console is None:
         yield _lines(what)
         return
     columns = (

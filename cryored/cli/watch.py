@@ -1,17 +1,127 @@
-"""``cryored watch``: announced, not there yet."""
+"""``cryored watch``."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import click
+
+from cryored.cli import options
+from cryored.cli.progress import terminal
 
 
 @click.command()
-@click.argument("run_dir", required=False)
-def watch(run_dir: str | None) -> None:
-    """Serve the requests of a running refinement with the model resident (not in this version)."""
-    from cryored.errors import CryoredError
+@click.argument("run_dir", type=options.PATH, metavar="RUN_DIR")
+@options.update("WATCH")
+@click.option(
+    "--unregularised",
+    type=options.PATH,
+    metavar="'{root}_....mrc'",
+    help="Write the map without any prior too; {root} stands for the request's name up to _external_reconstruct.",
+)
+@click.option(
+    "--poll",
+    is_flag=True,
+    help="Answer each request that has no result yet, though nobody handed it over: for other wiring than "
+    "cryored-external-reconstruct.",
+)
+@click.option("--report", type=options.PATH, metavar="FILE.html", help="Keep a report up to date.")
+@options.device
+@options.threads
+@options.overwrite
+@options.common
+def watch(
+    run_dir: str,
+    model: str,
+    lam: float | str,
+    schedule: str | None,
+    angpix: float | None,
+    extrapolate: bool,
+    prior_limit: float | None,
+    clean: bool,
+    unregularised: str | None,
+    poll: bool,
+    report: str | None,
+    gpu: bool | None,
+    threads: int | None,
+    overwrite: bool,
+) -> None:
+    """Answer the requests of the refinement in RUN_DIR with the model loaded once.
 
-    raise CryoredError(
-        "watch is not in this version; set RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE to cryored-external-reconstruct, "
-        "which answers each request by itself"
-    )
+    RUN_DIR is the folder that RELION's --o names, such as Refine3D/job012. The hook cryored-external-reconstruct
+    hands its requests over when it finds a watcher there, and answers them itself, with the watcher's options, when
+    there is none any more. Both halves of an iteration go through the network together. Control-C or SIGTERM ends
+    it after the current request.
+
+    \b
+    Example, beside RELION:
+      cryored watch Refine3D/job012 --report job012.html &
+      RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE=cryored-external-reconstruct mpirun -n 3 relion_refine_mpi ...
+    """
+    if unregularised is not None and "{root}" not in unregularised:
+        raise click.UsageError("--unregularised needs {root} in the name: one file for each request.")
+
+    from cryored.watch import watch_folder
+
+    settings = options.settings(lam, schedule, extrapolate, prior_limit, threads)
+    with _ending() as stop:
+        watch_folder(
+            run_dir,
+            settings,
+            hook_options=_hook_options(click.get_current_context()),
+            model=model,
+            angpix=angpix,
+            unregularised=unregularised,
+            clean=clean,
+            gpu=gpu,
+            poll=poll,
+            report=report,
+            overwrite=overwrite,
+            console=terminal(),
+            stop=stop,
+        )
+
+
+def _hook_options(ctx: click.Context) -> list[str]:
+    """Return the words by which red-update answers as this watcher does, wherever it is called."""
+    given = ctx.params
+    words = ["--model", _found(given["model"]), "--lambda", str(given["lam"])]
+    for name in ("schedule", "angpix", "unregularised", "prior_limit", "threads"):
+        value = given[name]
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(Path(value).resolve()) if name == "schedule" else str(value)]
+    words.append("--extrapolate" if given["extrapolate"] else "--no-extrapolate")
+    if given["clean"]:
+        words.append("--clean")
+    if given["gpu"] is not None:
+        words.append("--gpu" if given["gpu"] else "--cpu")
+    return words
+
+
+def _found(model: str) -> str:
+    """Return a model's name as it is, and a folder's from the root."""
+    return str(Path(model).resolve()) if os.sep in model else model
+
+
+@contextmanager
+def _ending() -> Iterator[threading.Event]:
+    """Give the event that the first Control-C or SIGTERM sets; a second one interrupts."""
+    stop = threading.Event()
+
+    def end(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

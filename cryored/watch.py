@@ -1,0 +1,363 @@
+"""The resident updater: serve the requests of a running refinement with the model loaded once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from cryored.denoise import Denoiser
+from cryored.errors import CryoredError, InputError, in_words
+from cryored.models import check_weights, find_model
+from cryored.output import check_target
+from cryored.red_update import ROOT, Answer, Job, Settings, Updater, Work, load_sums, open_job, timed
+from cryored.relion import ENDING, Request, is_request, parts_of, project_folder, read_request_file
+from cryored.watching.handover import Inbox, Presence
+from cryored.watching.table import Entry, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY = 0.01  # seconds between looks for hand-overs
+_POLL_EVERY = 0.5  # seconds between looks for requests that nobody hands over
+
+
+class Order(Protocol):
+    """A request that somebody waits for."""
+
+    @property
+    def star(self) -> str:
+        """The request as RELION names it."""
+
+    @property
+    def folder(self) -> Path:
+        """RELION's project folder."""
+
+    def accept(self) -> None:
+        """Say that it is being answered."""
+
+    def still_wanted(self) -> bool:
+        """Tell whether the answer still has a reader; otherwise somebody else is about to write it."""
+
+    def done(self) -> None:
+        """Say that the result is in place."""
+
+    def failed(self, message: str) -> None:
+        """Say why there is no result."""
+
+    def declined(self, message: str) -> None:
+        """Say why somebody else has to do it."""
+
+
+Shown = tuple[Entry, Work, Answer]
+
+
+@dataclass
+class _Case:
+    """An order that is being worked on."""
+
+    order: Order
+    job: Job
+    work: Work
+    seconds: dict[str, float]
+    begin: float
+
+
+class Server:
+    """Answers orders with one updater, and shows each.
+
+    Parameters
+    ----------
+    folder : Path
+        Nothing outside it is written or removed.
+    updater : Updater
+    angpix, unregularised, clean
+        See `cryored.red_update.red_update_file`.
+    show : callable
+        Gets the entry of each order, and its work and answer where there is one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        updater: Updater,
+        *,
+        angpix: float | None = None,
+        unregularised: str | None = None,
+        clean: bool = False,
+        show: Callable[[Entry, Work | None, Answer | None], None] = lambda *shown: None,
+    ) -> None:
+        self._folder = folder.resolve()
+        self._updater = updater
+        self._angpix = angpix
+        self._unregularised = unregularised
+        self._clean = clean
+        self._show = show
+
+    def serve(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
+        """Answer orders together.
+
+        Parameters
+        ----------
+        orders : sequence of Order
+        more : callable
+            Is asked once for what has come in the meantime, most often the other half of the iteration: waiting for
+            it would be wrong where RELION reconstructs the halves one after the other.
+        """
+        cases = list(self._begin(orders))
+        cases += self._begin(more())
+        try:
+            self._updater.denoise([case.work for case in cases])
+        except Exception as error:
+            for case in cases:
+                self._fail(case.order, error)
+            return
+        # Pictures take time: first all answers, then what is shown of them.
+        for shown in [self._finish(case) for case in cases]:
+            if shown is not None:
+                self._show(*shown)
+
+    def _begin(self, orders: Sequence[Order]) -> Iterator[_Case]:
+        seen = time.monotonic()
+        for order in orders:
+            seconds: dict[str, float] = {}
+            begin = time.monotonic()
+            seconds["waited"] = begin - seen
+            try:
+                order.accept()
+                with timed(seconds, "read"):
+                    request = read_request_file(order.star, folder=order.folder, angpix=self._angpix)
+                    outside = self._outside(request)
+                    if outside is not None:
+                        logger.warning("%s: %s lies outside %s: declined", order.star, outside, self._folder)
+                        order.declined(f"{outside} lies outside {self._folder}, which is what the watcher serves")
+                        continue
+                    job = open_job(
+                        order.star,
+                        request,
+                        self._updater,
+                        "watch",
+                        unregularised=self._unregularised,
+                        clean=self._clean,
+                    )
+                    sums = load_sums(request, self._updater.settings.threads)
+                work = self._updater.begin(request, sums)
+            except Exception as error:
+                self._fail(order, error)
+                continue
+            yield _Case(order, job, work, seconds, begin)
+
+    def _finish(self, case: _Case) -> Shown | None:
+        order, work = case.order, case.work
+        try:
+            answer = self._updater.finish(work)
+            if not order.still_wanted():
+                logger.warning("%s: the hook did not wait for the answer; nothing written", order.star)
+                return None
+            record = case.job.write(self._updater, work, answer)
+            seconds = case.seconds | work.seconds
+            case.job.log(seconds | {"total": time.monotonic() - case.begin})
+            if order.still_wanted():  # a hook that gave up in this moment needs the arrays itself
+                case.job.tidy()
+        except Exception as error:
+            self._fail(order, error)
+            return None
+        order.done()
+        name = Path(work.request.root).name
+        entry = Entry(name, *parts_of(name), work.resolution, work.lam, seconds, answer.change, str(record["device"]))
+        return entry, work, answer
+
+    def _fail(self, order: Order, error: Exception) -> None:
+        expected = isinstance(error, (CryoredError, OSError, MemoryError))
+        message = in_words(error) if expected else f"{type(error).__name__}: {error}"
+        logger.debug("%s", message, exc_info=True)
+        order.failed(message)
+        name = Path(order.star).with_suffix("").name.removesuffix(ENDING)
+        self._show(Entry(name, *parts_of(name), None, 0.0, {}, 0.0, "", message), None, None)
+
+    def _outside(self, request: Request) -> Path | None:
+        """Return a file that would be written or removed outside the folder, if there is one."""
+        touched = [request.result, request.log]
+        touched += [] if request.result_star is None else [request.result_star]
+        touched += [request.data_real, request.data_imag, request.weight] if self._clean else []
+        if self._unregularised is not None:
+            touched.append(Path(self._unregularised.replace(ROOT, request.root)))
+        for path in touched:
+            if not path.resolve().is_relative_to(self._folder):
+                return path
+        return None
+
+
+@dataclass
+class _Found:
+    """An order of `Poll`: nobody waits but for the result itself."""
+
+    star: str
+    folder: Path
+
+    def accept(self) -> None:
+        pass
+
+    def still_wanted(self) -> bool:
+        return True
+
+    def done(self) -> None:
+        pass
+
+    def failed(self, message: str) -> None:
+        pass
+
+    def declined(self, message: str) -> None:
+        pass
+
+
+@dataclass
+class Poll:
+    """Looks for requests without a result that nobody hands over.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    folder: Path
+    _looked: float = -np.inf
+    # What a request was when it was last seen: one that RELION has just written is left to the next look, and one
+    # that was answered comes again when --continue writes it anew.
+    _seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    _taken: dict[Path, tuple[int, int]] = field(default_factory=dict)
+
+    def orders(self) -> list[_Found]:
+        """Return the requests to answer now."""
+        now = time.monotonic()
+        if now - self._looked < _POLL_EVERY:
+            return []
+        first, self._looked = np.isinf(self._looked), now
+        found = []
+        for star in sorted(self.folder.glob(f"*{ENDING}.star")):
+            try:
+                status = star.stat()
+            except FileNotFoundError:
+                continue
+            state = (status.st_mtime_ns, status.st_size)
+            handed_over = star.with_name(star.name.replace(f"{ENDING}.star", "_cryored.request")).exists()
+            if first and star.with_suffix(".mrc").exists():
+                self._taken[star] = state  # of an earlier run, or answered already
+            if self._taken.get(star) != state and not handed_over:
+                if self._seen.get(star) == state and is_request(str(star)):
+                    self._taken[star] = state
+                    try:
+                        project = project_folder(star)
+                        found.append(_Found(os.path.relpath(star.resolve(), project), project))
+                    except InputError as error:
+                        logger.warning("%s", error)
+                self._seen[star] = state
+        return found
+
+
+def watch_folder(
+    folder: str,
+    settings: Settings,
+    *,
+    hook_options: Sequence[str],
+    model: str,
+    angpix: float | None = None,
+    unregularised: str | None = None,
+    clean: bool = False,
+    gpu: bool | None = None,
+    poll: bool = False,
+    report: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    stop: threading.Event,
+) -> None:
+    """Serve the requests of one folder until `stop` is set; see the help of ``cryored watch``.
+
+    Parameters
+    ----------
+    folder : str
+        Where RELION writes its requests.
+    settings : Settings
+    hook_options : sequence of str
+        With which the hook goes on by itself where this process no longer answers.
+    model, angpix, unregularised, clean, gpu
+        See `cryored.red_update.red_update_file`.
+    poll : bool
+        Look for requests that nobody hands over, too.
+    report : str, optional
+        HTML file.
+    overwrite : bool
+        Of the report.
+    console : rich.console.Console, optional
+        Terminal for a live table; without one each request is a line in the log.
+    stop : threading.Event
+        Set it from a signal handler; the current requests are answered first.
+
+    Raises
+    ------
+    OutputError
+        The folder is missing or not writable, is served by another watcher, or has gone.
+    """
+    place = Path(folder)
+    found = find_model(model)
+    updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
+    if settings.lam != 0:
+        check_weights(found)
+    rule = f"{settings.lam:g}" if settings.lam is not None else updater.schedule.source
+    facts = {"Folder": folder, "Model": f"{found.card.name} ({found.card.sha256[:8]})", "Lambda": rule}
+    with ExitStack() as stack:
+        pages = None
+        if report is not None:
+            from cryored.watching.report import Report
+
+            check_target(report, overwrite)
+            pages = Report(report, f"cryored watch {folder}", facts)
+        if settings.lam != 0:
+            updater.denoiser.load()
+        presence = stack.enter_context(Presence(place, hook_options))
+        titles = (f"cryored watch {folder}", f"model {facts['Model']}", f"lambda {rule}")
+        table = stack.enter_context(Table(*titles, console=console))
+
+        def show(entry: Entry, work: Work | None, answer: Answer | None) -> None:
+            table.add(entry)
+            if pages is None:
+                return
+            if work is None or answer is None:
+                pages.add(entry)
+                return
+            maps = {
+                "unregularised": updater.add_unregularised(work),
+                "denoised": work.denoised,
+                "result": answer.result,
+            }
+            sections = {name: volume.data[len(volume.data) // 2] for name, volume in maps.items() if volume is not None}
+            pages.add(entry, work.request.frequency, work.request.fsc, sections)
+
+        server = Server(place, updater, angpix=angpix, unregularised=unregularised, clean=clean, show=show)
+        inbox, looking = Inbox(place, presence.token), Poll(place) if poll else None
+        table.state("waiting")
+        while not stop.is_set():
+            presence.check()
+            orders: Sequence[Order] = inbox.waiting() or (looking.orders() if looking else [])
+            if not orders:
+                stop.wait(_LOOK_EVERY)
+                continue
+            table.state(f"busy {Path(orders[0].star).name.removesuffix(f'{ENDING}.star')}")
+            server.serve(orders, inbox.waiting)
+            if pages is not None and (stop.is_set() or not inbox.waiting()):
+                try:
+                    pages.write()
+                except OSError as error:
+                    logger.warning("%s", in_words(error))  # a refinement shall not die of its report
+            table.state("waiting")
+        table.state("ended")

@@ -1,0 +1,1 @@
+"""What the resident updater consists of: hand-over files, table, report."""

@@ -1,0 +1,253 @@
+"""``cryored watch``: what it answers, for whom, and what becomes of a refinement when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from cryored.cli import cli
+from cryored.denoise import Denoiser
+from cryored.models import find_model
+from cryored.mrc import read_volume
+from cryored.red_update import Settings, Updater
+from cryored.watch import Poll, Server
+
+REPOSITORY = Path(__file__).parents[1]
+REQUESTS = Path(__file__).parent / "data" / "relion_requests"
+HALVES = [f"run/run_it004_half{half}_class001" for half in (1, 2)]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of a recorded case, the current folder; its halves of iteration 4 are HALVES."""
+    folder = tmp_path / "project"
+    shutil.copytree(REQUESTS / "box32_pad2", folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def star(root):
+    return f"{root}_external_reconstruct.star"
+
+
+def result(root):
+    return Path(f"{root}_external_reconstruct.mrc")
+
+
+def records(root):
+    path = Path(f"{root}_cryored.log")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cold(root, *options):
+    """Return the map that red-update gives by itself, and remove it."""
+    done = CliRunner().invoke(cli, ["red-update", star(root), "-o", "cold.mrc", "--overwrite", *options])
+    assert done.exit_code == 0, done.stderr
+    Path(f"{root}_cryored.log").unlink()
+    data = read_volume("cold.mrc").data
+    Path("cold.mrc").unlink()
+    return data
+
+
+# The server, without processes
+
+
+@dataclass
+class Order:
+    star: str
+    folder: Path = field(default_factory=Path.cwd)
+    wanted: bool = True
+    said: list = field(default_factory=list)
+
+    def accept(self):
+        self.said.append("accepted")
+
+    def still_wanted(self):
+        return self.wanted
+
+    def done(self):
+        self.said.append("done")
+
+    def failed(self, message):
+        self.said.append(f"failed {message}")
+
+    def declined(self, message):
+        self.said.append(f"declined {message}")
+
+
+def server(lam=0.0, **options):
+    updater = Updater(Settings(lam=lam), Denoiser(find_model("cwred"), gpu=False))
+    return Server(Path("run"), updater, **options)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_an_order_gets_what_red_update_gives(project, lam):
+    expected = cold(HALVES[0], "--lambda", str(lam), "--cpu")
+    order = Order(star(HALVES[0]))
+    shown = []
+    server(lam, show=lambda *entry: shown.append(entry[0])).serve([order])
+    assert order.said == ["accepted", "done"]
+    np.testing.assert_array_equal(read_volume(result(HALVES[0])).data, expected)
+    (record,) = records(HALVES[0])
+    assert record["lambda"] == lam
+    assert record["change"] > 0 or lam == 0
+    (entry,) = shown
+    assert (entry.name, entry.iteration, entry.half, entry.error) == ("run_it004_half1_class001", 4, 1, "")
+    assert {"waited", "read", "map", "write"} <= entry.seconds.keys()
+
+
+def test_the_network_is_called_once_for_the_halves(project, monkeypatch):
+    expected = [cold(root, "--lambda", "1", "--cpu") for root in HALVES]
+    calls = []
+    whole = Denoiser._predict
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: calls.append(len(data)) or whole(self, data))
+    first, second = (Order(star(root)) for root in HALVES)
+    server(1.0).serve([first], lambda: [second])  # the second comes while the first is read
+    assert calls == [2]
+    assert first.said == second.said == ["accepted", "done"]
+    for root, wanted in zip(HALVES, expected, strict=True):
+        # The back-end may add in another order for two maps: float32 sums over a few hundred terms.
+        np.testing.assert_allclose(read_volume(result(root)).data, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_one_half_fails_and_the_other_stays(project):
+    weight = Path(f"{HALVES[1]}_external_reconstruct_weight.mrc")
+    weight.write_bytes(weight.read_bytes()[:2000])
+    first, second = (Order(star(root)) for root in HALVES)
+    shown = []
+    server(show=lambda *entry: shown.append(entry[0].error)).serve([first, second])
+    assert first.said == ["accepted", "done"]
+    assert second.said[0] == "accepted"
+    assert second.said[1].startswith(f"failed {weight.resolve()}: truncated")
+    assert result(HALVES[0]).exists()
+    assert not result(HALVES[1]).exists()
+    assert sorted(bool(error) for error in shown) == [False, True]
+
+
+def test_a_network_that_fails_is_no_end(project, monkeypatch):
+    service = server(1.0)
+    order = Order(star(HALVES[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Denoiser, "_predict", lambda self, data: 1 / 0)
+        service.serve([order])
+    assert order.said == ["accepted", "failed ZeroDivisionError: division by zero"]
+    again = Order(star(HALVES[0]))
+    service.serve([again])
+    assert again.said == ["accepted", "done"]
+
+
+def test_nothing_is_written_for_a_hook_that_has_gone(project):
+    order = Order(star(HALVES[0]), wanted=False)
+    server().serve([order])
+    assert order.said == ["accepted"]
+    assert not result(HALVES[0]).exists()
+    assert not records(HALVES[0])
+
+
+@pytest.mark.parametrize("kind", ["path", "link", "log", "clean"])
+def test_nothing_outside_the_folder_is_touched(project, tmp_path, kind):
+    request = Path(star(HALVES[0]))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    victim = elsewhere / "victim.mrc"
+    victim.write_text("precious")
+    weight = Path(f"{HALVES[0]}_external_reconstruct_weight.mrc")
+    if kind == "path":
+        request.write_text(request.read_text().replace(str(result(HALVES[0])), str(victim)))
+    elif kind == "link":
+        result(HALVES[0]).symlink_to(victim)
+    elif kind == "log":
+        Path(f"{HALVES[0]}_cryored.log").symlink_to(victim)
+    else:
+        shutil.copy(weight, victim)
+        request.write_text(request.read_text().replace(str(weight), str(victim)))
+    before = victim.read_bytes()
+    order = Order(star(HALVES[0]))
+    server(clean=kind == "clean").serve([order])
+    assert order.said[-1].startswith("declined ")
+    assert f"lies outside {project / 'run'}" in order.said[-1]
+    assert victim.read_bytes() == before
+    assert os.listdir(elsewhere) == ["victim.mrc"]
+
+
+def test_a_link_to_the_folder_is_the_folder(project):
+    Path("alias").symlink_to("run")
+    order = Order(star(HALVES[0]).replace("run/", "alias/", 1))
+    server().serve([order])
+    assert order.said == ["accepted", "done"]
+
+
+@pytest.mark.slow
+def test_500_requests_leave_nothing_behind(project):
+    service = server(1.0)
+
+    def serve(iterations):
+        for _ in range(iterations):
+            service.serve([Order(star(root)) for root in HALVES])
+        status = Path("/proc/self/status").read_text().splitlines()
+        memory = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+        return memory, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    first = serve(10)
+    last = serve(240)
+    assert last[0] < 1.05 * first[0]
+    assert last[1:] == first[1:]
+
+
+# Requests that nobody hands over
+
+
+def look(poll):
+    poll._looked = 0.0  # as if it were long ago
+    return sorted(order.star for order in poll.orders())
+
+
+def test_polling_finds_what_has_no_result_and_is_no_longer_written(project):
+    result(HALVES[0]).write_text("there already")
+    stars = {str(path) for path in Path("run").glob("*_external_reconstruct.star")}
+    poll = Poll(Path("run"))
+    assert poll.orders() == []  # seen for the first time: RELION may still be writing
+    assert look(poll) == sorted(stars - {star(HALVES[0])})
+    assert look(poll) == []
+
+
+def test_polling_leaves_what_is_handed_over(project):
+    Path(f"{HALVES[0]}_cryored.request").write_text("")
+    poll = Poll(Path("run"))
+    look(poll)
+    assert star(HALVES[0]) not in look(poll)
+
+
+def test_polling_finds_what_is_written_anew(project):
+    poll = Poll(Path("run"))
+    look(poll)
+    look(poll)
+    result(HALVES[0]).write_text("answered")
+    request = Path(star(HALVES[0]))
+    request.write_text(request.read_text() + "\n")  # by --continue
+    assert look(poll) == []
+    assert look(poll) == [star(HALVES[0])]
+
+
+def test_polling_says_what_is_no_request(project):
+    Path("run/other_external_reconstruct.star").write_text("data_\n\n_rlnBox 3\n")
+    poll = Poll(Path("run"))
+    look(poll)
+    assert "run/other_external_reconstruct.star" not in look(poll)
+
+
+def test_a_request_that_was_polled_is_answered(project):
+    poll = Poll(Path("run"))
+    poll.orders()
+    poll._looked = 0.0
+    server().serve(poll.orders())
+    for path in Path("run").glob("*_external_reconstruct.star"):
+        assert path.with_suffix(".mrc").exists()
