@@ -144,6 +144,28 @@ def test_a_network_that_fails_is_no_end(project, monkeypatch):
     assert again.said == ["accepted", "done"]
 
 
+def test_a_gpu_short_of_memory_shows(project, monkeypatch):
+    """The network runs on the CPU then, and table and log say so."""
+    whole, load = Denoiser._predict, Denoiser.load
+
+    def load_on_gpu(self):
+        load(self)
+        self._loaded_on = "GPU H1"
+
+    def predict(self, data):
+        if self._network is not self._on_cpu:
+            raise MemoryError
+        return whole(self, data)
+
+    monkeypatch.setattr(Denoiser, "load", load_on_gpu)
+    monkeypatch.setattr(Denoiser, "_predict", predict)
+    order = Order(star(HALVES[0]))
+    shown = []
+    server(1.0, show=lambda *entry: shown.append(entry[0])).serve([order])
+    assert order.said == ["accepted", "done"]
+    assert shown[0].device == records(HALVES[0])[0]["device"] == "CPU (memory of GPU H1 too small)"
+
+
 def test_nothing_is_written_for_a_hook_that_has_gone(project):
     order = Order(star(HALVES[0]), wanted=False)
     server().serve([order])
