@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from cryored.models import DEFAULT_MODEL, check_weights, find_model
 from cryored.mrc import read_volume
 from cryored.output import is_stream
 from cryored.volume import Floats, Volume
+
+if TYPE_CHECKING:
+    from cryored.substitution import SubstitutedFsc
 
 logger = logging.getLogger(__name__)
 
@@ -72,28 +75,6 @@ class MaskedFsc:
     randomised: Curve
     corrected: Curve
     randomise_from: int
-
-
-@dataclass(frozen=True)
-class SubstitutedFsc:
-    """What a denoiser makes common to two maps that have nothing in common beyond a shell.
-
-    Parameters
-    ----------
-    start : int
-        First shell in which noise stands for the signal.
-    substituted : (n_shells,) float64
-        FSC of the maps with noise, before the denoiser: the control, about 0 from `start` on but for the mask.
-    denoised : (n_shells,) float64
-        FSC of the denoised maps.
-    denoised_substituted : (n_shells,) float64
-        FSC of the denoised maps with noise: from `start` on it is invented.
-    """
-
-    start: int
-    substituted: Curve
-    denoised: Curve
-    denoised_substituted: Curve
 
 
 @dataclass(frozen=True)
@@ -216,7 +197,7 @@ def masked_correlation(
                 f"the unmasked FSC never drops below {_RANDOMISE_BELOW}, expected a shell from which to "
                 "randomise phases; give --randomise-from, and check that the maps are independent"
             )
-    _check_shell(randomise_from, shells, "phases to be randomised", "--randomise-from")
+    check_shell(randomise_from, shells, "phases to be randomised", "--randomise-from")
     masked = _correlate((forward(data1 * mask, threads), forward(data2 * mask, threads)), index, shells)
     # By the radius itself, not the rounded shell, as RELION does: half of the first shell keeps its phases.
     beyond = spatial_frequency(shape, 1.0 / max(shape)) >= randomise_from
@@ -252,75 +233,6 @@ def corrected_correlation(masked: Curve, randomised: Curve, randomise_from: int)
     excess, rest = masked[start:] - randomised[start:], 1 - randomised[start:]
     tail = np.divide(excess, rest, out=np.zeros_like(rest), where=rest > _NOTHING_LEFT)
     return np.concatenate((masked[:start], tail))
-
-
-def substitute_noise(data: Floats, start: int, *, rng: np.random.Generator, threads: int | None = None) -> Floats:
-    """Replace the signal by noise of the same power from shell `start` on; the shells before stay as they are.
-
-    Each coefficient keeps its amplitude, and its phase becomes that of a map of white noise: no phase is left, as in
-    the noise substitution of Chen et al. 2013, and Friedel mates agree, so that the power is kept exactly.
-
-    Parameters
-    ----------
-    data : (z, y, x) float
-    start : int
-    rng : numpy.random.Generator
-    threads : int, optional
-        For the transforms; all cores by default.
-    """
-    transform = forward(data, threads)
-    noise = forward(rng.standard_normal(data.shape, dtype=np.float32), threads)
-    substituted = np.abs(transform) * np.exp(1j * np.angle(noise))
-    return inverse(np.where(shell_index(data.shape) >= start, substituted, transform), data.shape, threads)
-
-
-def substituted_correlation(
-    data1: Floats,
-    data2: Floats,
-    denoise: Callable[[Floats], Floats],
-    start: int,
-    *,
-    rng: np.random.Generator,
-    mask: Floats | None = None,
-    threads: int | None = None,
-) -> SubstitutedFsc:
-    """Denoise two half-maps with noise in place of the signal: what they then share was invented.
-
-    Parameters
-    ----------
-    data1, data2 : (z, y, x) float
-        Maps as the denoiser expects them; one that expects filtered maps gets those filtered by the FSC of the
-        true halves. Noise is put in afterwards, so with the weight that the signal had: filtered by an FSC of its own,
-        which is 0 from `start` on, it would vanish before the denoiser could mistake it.
-    denoise : callable
-        Takes and returns a map.
-    start : int
-        First shell with noise (see `substitute_noise`), independent in the two maps.
-    rng : numpy.random.Generator
-    mask : (z, y, x) float, optional
-        Multiplies the maps before they are compared, never before they are denoised.
-    threads : int, optional
-        For the transforms; all cores by default.
-
-    Raises
-    ------
-    InputError
-        `start` is shell 0 or beyond Nyquist.
-    """
-    _check_shell(start, max(data1.shape) // 2 + 1, "noise", "--substitute-noise")
-    halves = [data1, data2]
-    noisy = [substitute_noise(data, start, rng=rng, threads=threads) for data in halves]
-
-    def compare(maps: list[Floats]) -> Curve:
-        first, second = maps if mask is None else (data * mask for data in maps)
-        return shell_correlation(first, second, threads=threads)
-
-    return SubstitutedFsc(
-        start,
-        substituted=compare(noisy),
-        denoised=compare([denoise(data) for data in halves]),
-        denoised_substituted=compare([denoise(data) for data in noisy]),
-    )
 
 
 def nominal_resolution(frequency: Curve, curve: Curve, threshold: float = 0.143) -> float:
@@ -369,7 +281,8 @@ def _last_above(curve: Curve, threshold: float) -> int:
     return (len(curve) if first is None else first) - 1
 
 
-def _check_shell(shell: int, shells: int, what: str, option: str) -> None:
+def check_shell(shell: int, shells: int, what: str, option: str) -> None:
+    """Raise `InputError` where `what` would begin at shell 0 or beyond the last of so many shells."""
     if not 0 < shell < shells:
         raise InputError(f"{what} from shell {shell} on, expected 1 to {shells - 1}; give another {option}")
 
@@ -432,7 +345,7 @@ def fsc_files(
         Resolution in angstrom beyond which phases are randomised; see `masked_correlation` for the default.
     substitute_noise_from : float, optional
         Resolution in angstrom beyond which noise replaces the signal in a test of a model; see
-        `substituted_correlation`. The maps are then raw half-maps.
+        `cryored.substitution.substituted_correlation`. The maps are then raw half-maps.
     model : str
         Name or folder of the model under test.
     gpu : bool, optional
@@ -484,6 +397,7 @@ def fsc_files(
     substituted = None
     if substitute_noise_from is not None:
         from cryored.denoise import Denoiser
+        from cryored.substitution import substituted_correlation
 
         start = shell_at(substitute_noise_from, "--substitute-noise")
         denoiser = Denoiser(find_model(model), gpu=gpu, threads=threads)

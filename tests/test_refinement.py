@@ -1,7 +1,11 @@
-"""End to end: RELION refines simulated particles with its own update, with lambda 0 and with the prior."""
+"""End to end: RELION refines simulated particles with its own update, with lambda 0, with the prior, and watched."""
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +21,25 @@ pytestmark = [
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 
 
+@contextmanager
+def watched(folder):
+    """Serve the folder of a run."""
+    command = [sys.executable, "-m", "cryored", "watch", str(folder), "--report", str(folder / "report.html")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as watcher:
+        while not (folder / "cryored_watch.txt").exists():
+            assert watcher.poll() is None
+            time.sleep(0.1)
+        yield
+        watcher.terminate()
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement")
     data = refine.make_data(str(STRUCTURE), folder, box=48, angpix=2.0, number=300, snr=0.08)
     for name in ("relion", "map", "cwred"):
         refine.refine(data, name, refine.VARIANTS[name])
+    refine.refine(data, "watched", refine.VARIANTS["cwred"], companion=watched)
     return data
 
 
@@ -43,7 +60,7 @@ def test_lambda_0_is_relions_own_refinement(data):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("name", ["map", "cwred"])
+@pytest.mark.parametrize("name", ["map", "cwred", "watched"])
 def test_every_request_is_logged_once(data, name):
     logs = records(data, name)
     # Two halves an iteration, and the joined last one.
@@ -55,9 +72,22 @@ def test_every_request_is_logged_once(data, name):
         assert record["model_sha256"]
         assert record["seconds"]["total"] > 0
         assert 0.5 < record["power_ratio"] < 1.5
+        assert record["by"] == ("watch" if name == "watched" else "red-update")
         assert (record["lambda"] == 0) == (record["device"] == "CPU, no network")
         if name == "map":
             assert record["lambda"] == 0
+
+
+def test_a_watched_refinement_is_the_same(data):
+    assert refine.iterations(data, "watched") == refine.iterations(data, "cwred")
+    for ours, theirs in zip(refine.half_maps(data, "watched"), refine.half_maps(data, "cwred"), strict=True):
+        # Two maps at once in the network, and its threads, add in another order: float32 rounding, which the
+        # alignment follows smoothly.
+        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+    report = (data.folder / "watched" / "report.html").read_text()
+    assert all(
+        f"run_it{number:03d}_half2_class001" in report for number in range(1, refine.iterations(data, "watched"))
+    )
 
 
 def test_the_prior_was_at_work(data):

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,16 @@ from cryored.simulate.structure import read_atoms
 
 # RELION's own reconstruction as hook: the maps of a plain refinement, and the requests stay.
 RELION_HOOK = "sh -c 'relion_external_reconstruct \"$1\" --skip_gridding' relion"
+
+# RELION's options for searches about the start angles, which have to be near the truth, and over all angles.
+LOCAL_SEARCH = (
+    *("--healpix_order", "3", "--auto_local_healpix_order", "3", "--sigma_ang", "5"),
+    *("--offset_range", "2", "--offset_step", "1"),
+)
+GLOBAL_SEARCH = (
+    *("--healpix_order", "2", "--auto_local_healpix_order", "4"),
+    *("--offset_range", "5", "--offset_step", "2"),
+)
 
 _POLL = 0.2  # seconds between looks at a running refinement
 _PATIENCE = 10.0  # seconds for mpirun to end its ranks before all are killed
@@ -126,7 +137,9 @@ def refine(
     name: str,
     hook: str,
     *,
+    search: Sequence[str] = LOCAL_SEARCH,
     timeout: float = 1800,
+    companion: Callable[[Path], AbstractContextManager[object]] = nullcontext,
     on_iteration: Callable[[int], None] = lambda number: None,
     stop: threading.Event | None = None,
 ) -> float:
@@ -139,8 +152,13 @@ def refine(
         Folder of the run, made anew; its files begin with ``run``.
     hook : str
         Value of RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE.
+    search : sequence of str
+        Options of ``relion_refine`` on how to search, and any others.
     timeout : float
         Seconds.
+    companion : callable
+        Takes the folder of the run and returns what is entered before RELION begins and left when it has ended: a
+        resident updater.
     on_iteration : callable
         Is told the number of each iteration that has ended.
     stop : threading.Event, optional
@@ -165,9 +183,9 @@ def refine(
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     begin = time.monotonic()
-    with log.open("w") as output:
+    with companion(target), log.open("w") as output:
         run = subprocess.Popen(
-            _command(data, name),
+            _command(data, name, search),
             cwd=data.folder,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -222,16 +240,15 @@ def half_maps(data: Data, name: str) -> list[npt.NDArray[np.float32]]:
     return [read_volume(data.folder / name / f"run_half{half}_class001_unfil.mrc").data for half in (1, 2)]
 
 
-def _command(data: Data, name: str) -> list[str]:
-    """Return RELION's command line: local searches about the start angles, one thread a rank."""
+def _command(data: Data, name: str, search: Sequence[str]) -> list[str]:
+    """Return RELION's command line, with one thread a rank."""
     command = ["mpirun", "--oversubscribe", "-n", "3", "relion_refine_mpi", "--auto_refine", "--split_random_halves"]
     command += ["--i", "particles.star", "--ref", "particles_reference.mrc", "--o", f"{name}/run"]
     command += ["--ctf", "--ctf_corrected_ref", "--ini_high", "30", "--pad", "1"]
     command += ["--particle_diameter", f"{data.diameter:.0f}", "--zero_mask", "--flatten_solvent", "--norm", "--scale"]
-    command += ["--oversampling", "1", "--healpix_order", "3", "--auto_local_healpix_order", "3", "--sigma_ang", "5"]
-    command += ["--offset_range", "2", "--offset_step", "1", "--sym", "C1", "--low_resol_join_halves", "40"]
+    command += ["--oversampling", "1", "--sym", "C1", "--low_resol_join_halves", "40"]
     command += ["--j", "1", "--pool", "30", "--dont_combine_weights_via_disc", "--random_seed", "7"]
-    return [*command, "--external_reconstruct"]
+    return [*command, "--external_reconstruct", *search]
 
 
 def _end(run: subprocess.Popen[bytes]) -> None:

@@ -36,7 +36,8 @@ from cryored.volume import Floats, Volume
 
 logger = logging.getLogger(__name__)
 
-BINS = (0.0, 4.5, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0)  # angstrom, edges by nominal resolution; no prior beyond the last
+BINS = (0.0, 4.5, 6.0, 8.0, 10.0, 15.0)  # angstrom, edges by nominal resolution
+OFF = 18.0  # angstrom: refinements of images without any signal claim 20 A, so what claims no better gets no prior
 _STEP = 0.1  # width of the bins in spatial frequency times nominal resolution
 
 
@@ -209,7 +210,8 @@ def fit(maps: Sequence[ShellSums]) -> dict[str, Any]:
     ]
     used = [item for _, inside in groups for item in inside]
     points = dict(zip(resolutions, lambdas, strict=True))
-    points |= {max(item.resolution for item in used): lambdas[-1], groups[-1][0][1]: 0.0}
+    end = groups[-1][0][1]
+    points |= {max(item.resolution for item in used): lambdas[-1], OFF if end == BINS[-1] else end: 0.0}
     return {
         "resolution": list(points),
         "lambda": [round(lam, 4) for lam in points.values()],
@@ -295,7 +297,7 @@ def fit_files(
     resolved = [row for row in rows if row.resolution < BINS[-1]]
     if len(resolved) < len(rows):
         left_out = len(rows) - len(resolved)
-        logger.info("%d of %d pairs left out: lambda is 0 at %g A and worse", left_out, len(rows), BINS[-1])
+        logger.info("%d of %d pairs left out, at %g A or worse", left_out, len(rows), BINS[-1])
     found = find_model(model)
     check_weights(found)
     maps: list[ShellSums] = []
@@ -321,7 +323,7 @@ def draw_fit(path: str, stored: dict[str, Any], maps: Sequence[ShellSums]) -> No
 
     figure = new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
-    grid = np.linspace(2.0, BINS[-1] * 1.05, 400)
+    grid = np.linspace(2.0, OFF * 1.05, 400)
     for schedule, style in ((parse_schedule(stored, "fit"), "-"), (Schedule(), "--")):
         left.plot(grid, [schedule(value) for value in grid], style, label="fit" if style == "-" else schedule.source)
     left.scatter([item.resolution for item in maps], [item.total.lam for item in maps], s=8, color="0.5", label="maps")

@@ -1,0 +1,145 @@
+"""MAP against RED and CW-RED in refinements by RELION: ``python benchmarks/paper``; docs/paper.md explains it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cryored.cli import options
+from cryored.errors import CryoredError
+from cryored.output import write_text
+from cryored.simulate.refinement import check_relion
+from paper.plan import CELLS, RUNS, SCALES, parse_cells, parse_runs
+from paper.results import check, format_table, report, table_rows
+from paper.work import Experiment, do_all
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+logger = logging.getLogger("cryored.paper")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--folder", type=click.Path(path_type=Path), required=True, help="Holds all data sets and runs; outside git."
+)
+@click.option("--scale", type=click.Choice(list(SCALES)), default="small", show_default=True)
+@click.option("--cells", default=",".join(dict.fromkeys(cell.structure for cell in CELLS)), show_default=True)
+@click.option("--runs", default=",".join(RUNS), show_default=True)
+@click.option(
+    "--structures",
+    type=click.Path(path_type=Path),
+    default=REPOSITORY.parent / "shared" / "structures" / "test",
+    help="Folder of the atomic models: 4ail.pdb and so on, or their stand-ins.",
+)
+@options.seed
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells at a time.")
+@click.option(
+    "--hook",
+    type=click.Choice(["cold", "watch"]),
+    default="watch",
+    show_default=True,
+    help="Start cryored for each request, or keep cryored watch beside each refinement.",
+)
+@click.option("--relion", default="", metavar="'OPTION ...'", help="More options of relion_refine, as '--gpu --j 4'.")
+@click.option("--status", is_flag=True, help="Print what is done of each cell, and do nothing.")
+@click.option("--table", type=click.Path(path_type=Path), help="Write the numbers of what is done as TSV.")
+@click.option("--report", "show_report", is_flag=True, help="Print the results so far as Markdown.")
+@click.option("--figures", type=click.Path(path_type=Path), metavar="DIR", help="Draw what is done.")
+@click.option("--check", "checked", metavar="CELL", help="Do one cell again and compare it with what --table holds.")
+@options.common
+def paper(
+    folder: Path,
+    scale: str,
+    cells: str,
+    runs: str,
+    structures: Path,
+    seed: int,
+    jobs: int,
+    hook: str,
+    relion: str,
+    status: bool,
+    table: Path | None,
+    show_report: bool,
+    figures: Path | None,
+    checked: str | None,
+) -> None:
+    """Do the runs that are missing or outdated; with --status, --table, --report, --figures or --check only that.
+
+    What is done stays done; an interrupted run is begun anew.
+    """
+    experiment = Experiment(
+        folder.resolve(), SCALES[scale], structures.resolve(), seed, hook, tuple(shlex.split(relion))
+    )
+    chosen, names = parse_cells(cells), parse_runs(runs)
+    words = ["DIR" if Path(word) == folder else word for word in sys.argv[1:]]  # where it lies is nobody's business
+    command = shlex.join(["python", "benchmarks/paper", *words])
+    if checked is not None:
+        cell, *more = parse_cells(checked)
+        if more:
+            raise click.UsageError("--check takes one cell, as 4ail:i.")
+        if table is None:
+            raise click.UsageError("--check compares with a table: name it with --table.")
+        check_relion()
+        if not check(experiment, cell, table, names, show=logger.info):
+            raise CryoredError(f"{cell}: does not agree with {table}")
+        return
+    if status:
+        for cell in chosen:
+            states = [f"{name} {experiment.state(cell, name)}" for name in names if RUNS[name].belongs_to(cell)]
+            click.echo(f"{cell}\t" + ", ".join(states))
+        return
+    if table is None and figures is None and not show_report:
+        check_relion()
+        for name in names:
+            experiment.method(RUNS[name])  # a model that is missing shows now, not in hours
+        failed = do_all(experiment, chosen, names, jobs)
+        for label, reason in failed.items():
+            logger.warning("%s failed: %s", label, reason)
+        if failed:
+            raise CryoredError(f"{len(failed)} runs failed; run the command again to go on")
+        return
+    records = experiment.records(chosen, names)
+    outdated = [f"{cell} {name}" for cell, name in records if experiment.state(cell, name) == "outdated"]
+    if outdated:
+        logger.warning("made with other data, model or options than now: %s", ", ".join(outdated))
+    if table is not None:
+        rows = table_rows(records)
+        if not rows:
+            raise CryoredError(f"{experiment.folder}: nothing is finished yet, expected runs; do some first")
+        write_text(table, format_table(rows, command))
+    if figures is not None:
+        from paper.figures import draw_figures
+
+        for path in draw_figures(experiment, records, figures):
+            logger.info("%s", path)
+    if show_report:
+        click.echo(report(experiment, records, command), nl=False)
+
+
+def main() -> None:
+    """Run the command and exit: 0 done, 1 something failed, 2 usage, 130 interrupted."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's choice stays
+            signal.signal(number, signal.default_int_handler)  # ends the refinements, as Control-C does
+    try:
+        paper.main(prog_name="python benchmarks/paper", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; run it again to go on", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (CryoredError, OSError) as error:
+        click.echo(f"benchmarks/paper: error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Tables and verdicts of what has been run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cryored.errors import InputError
+from paper.measure import (
+    Record,
+    frequency,
+    half_map_resolution,
+    inflation,
+    invented_shells,
+    last_shell,
+    mean_truth_fsc,
+    relion_resolution,
+    swapped_correlation,
+    truth_resolution,
+)
+from paper.plan import CELLS, NOISES, RUNS, SIGNAL, SWAPPED, Cell
+from paper.work import Experiment, do_run
+
+Records = Mapping[tuple[Cell, str], Record]
+Row = dict[str, str]
+
+INFLATED = 1.05  # over MAP's: what the experiment allows
+
+# Columns that a recomputed run has to agree in: exactly, or within a relative difference. MAP repeats to 1e-5; the
+# rounding of a network differs from processor to processor, and a few particles go another way.
+SAME = ("structure", "snr", "particles", "box", "angpix", "seed")
+TOLERANCE = {
+    "half_map_0.143_A": 0.02,
+    "truth_0.5_A": 0.02,
+    "mean_truth_fsc": 0.02,
+    "angular_error_deg": 0.03,
+    "inflation": 0.03,
+}
+
+
+def table_rows(records: Records) -> list[Row]:
+    """Return a row for each refinement and each reconstruction with the true angles, in the order of `CELLS`."""
+    rows = []
+    for cell in CELLS:
+        plain = records.get((cell, "map"))
+        for name in RUNS:
+            record = records.get((cell, name))
+            if record is None or record["kind"] == "single-pass":
+                continue
+            rows.append(
+                {
+                    "cell": str(cell),
+                    "run": name,
+                    "structure": record["structure"],
+                    "snr": f"{record['snr']:g}",
+                    "particles": str(record["number"]),
+                    "box": str(record["box"]),
+                    "angpix": f"{record['angpix']:g}",
+                    "seed": str(record["seed"]),
+                    "relion_0.143_A": _number(relion_resolution(record), 2),
+                    "half_map_0.143_A": _number(half_map_resolution(record), 3),
+                    "truth_0.5_A": _number(truth_resolution(record), 3),
+                    "mean_truth_fsc": _number(mean_truth_fsc(record, plain) if plain else math.nan, 4),
+                    "angular_error_deg": _number(record.get("median_angular_error", math.nan), 3),
+                    "inflation": _number(inflation(record), 3),
+                    "inflation_to_map": _number(inflation(record) / inflation(plain) if plain else math.nan, 3),
+                    "lambda": "-" if not record.get("lambda") else "{:.2f}-{:.2f}".format(*record["lambda"]),
+                    "iterations": str(record.get("iterations", "-")),
+                    "seconds": str(record["seconds"]),
+                    "hook": record["hook"] or "-",
+                    "prior": record["prior"] or "-",
+                    "version": record["version"],
+                    "date": record["date"],
+                }
+            )
+    return rows
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def format_table(rows: Sequence[Row], command: str) -> str:
+    """Return rows as TSV below a line with the command that made it."""
+    stream = io.StringIO()
+    stream.write(f"# {command}\n")
+    writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def read_table(path: Path) -> dict[tuple[str, str], Row]:
+    """Return the rows of a table by cell and run."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; give the table to compare with as --table"
+        ) from error
+    rows = list(csv.DictReader(lines, delimiter="\t"))
+    missing = {"cell", "run", *SAME, *TOLERANCE} - set(rows[0] if rows else ())
+    if missing:
+        raise InputError(f"{path}: no column {sorted(missing)[0]}, expected a table that --table wrote")
+    return {(row["cell"], row["run"]): row for row in rows}
+
+
+def differences(found: Row, stored: Row) -> list[str]:
+    """Return in words how a recomputed row differs from the stored one; nothing if it agrees."""
+    result = [f"{key} {found[key]}, stored {stored[key]}" for key in SAME if found[key] != stored[key]]
+    for key, tolerance in TOLERANCE.items():
+        new, old = found[key], stored[key]
+        near = "-" not in (new, old) and math.isclose(float(new), float(old), rel_tol=tolerance)
+        if new != old and not near:
+            result.append(f"{key} {new}, stored {old}, expected within {100 * tolerance:g} %")
+    return result
+
+
+def check(
+    experiment: Experiment,
+    cell: Cell,
+    table: Path,
+    names: Sequence[str],
+    show: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Do a cell's runs that are in a stored table again, from its particles on; tell whether the numbers agree.
+
+    Raises
+    ------
+    InputError
+        The table has none of the runs.
+    """
+    stored = read_table(table)
+    names = [name for name in names if (str(cell), name) in stored]
+    if not names:
+        raise InputError(f"{table}: has none of the runs asked for of {cell}; choose another cell")
+    again = replace(experiment, folder=experiment.folder / "check")
+    shutil.rmtree(again.place(cell), ignore_errors=True)
+    records: dict[tuple[Cell, str], Record] = {}
+    # MAP first: it says over which shells a mean is taken.
+    for name in dict.fromkeys(["map", *names]):
+        show(f"{cell} {name} ...")
+        records[cell, name] = do_run(again, cell, name)
+    agree = True
+    for row in table_rows(records):
+        if row["run"] in names:
+            wrong = differences(row, stored[row["cell"], row["run"]])
+            agree = agree and not wrong
+            show(f"{cell} {row['run']}: {'; '.join(wrong) or 'agrees'}")
+    return agree
+
+
+def report(experiment: Experiment, records: Records, command: str) -> str:
+    """Return the results so far as Markdown."""
+    parts = [f"`{command}`", _resolution_table(records), *_verdicts(records), *_noise(records)]
+    swapped = swapped_curves(experiment, records)
+    if swapped is not None:
+        parts.append(_swapped(swapped, records))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _resolution_table(records: Records) -> str:
+    shown = {
+        "cell": "cell",
+        "run": "run",
+        "relion_0.143_A": "RELION 0.143",
+        "half_map_0.143_A": "half-maps 0.143",
+        "truth_0.5_A": "truth 0.5",
+        "mean_truth_fsc": "mean FSC to truth",
+        "angular_error_deg": "median error",
+        "inflation": "inflation",
+        "lambda": "lambda",
+        "iterations": "iterations",
+        "seconds": "seconds",
+    }
+    rows = table_rows(records)
+    if not rows:
+        return "Nothing is finished yet."
+    lines = [list(shown.values()), ["---"] * len(shown), *([row[key] for key in shown] for row in rows)]
+    facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("seed", "version", "date")}
+    caption = (
+        "Resolutions in Å, angles in degrees. " + "; ".join(f"{key} {value}" for key, value in facts.items()) + "."
+    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + caption
+
+
+def _verdicts(records: Records) -> list[str]:
+    """Compare runs over the cells that have both."""
+    lines = []
+    for name, other in (
+        ("cwred", "map"),
+        ("cwred", "cwred-paper"),
+        ("cwred-paper", "map"),
+        ("red", "map"),
+        ("cwred-gaussian", "map"),
+        ("cwred-limit", "map"),
+    ):
+        cells = [cell for cell in SIGNAL if all((cell, run) in records for run in (name, other, "map"))]
+        if not cells:
+            continue
+        runs = [(records[cell, name], records[cell, other], records[cell, "map"]) for cell in cells]
+        gains = [mean_truth_fsc(run, plain) - mean_truth_fsc(before, plain) for run, before, plain in runs]
+        sharper = [truth_resolution(run) <= truth_resolution(before) for run, before, _ in runs]
+        angles = [run["median_angular_error"] <= before["median_angular_error"] for run, before, _ in runs]
+        inflated = {
+            str(cell): inflation(run) / inflation(plain) for cell, (run, _, plain) in zip(cells, runs, strict=True)
+        }
+        too_much = {cell: ratio for cell, ratio in inflated.items() if ratio > INFLATED}
+        lines.append(
+            f"- **{name} against {other}**, {len(cells)} cells: mean FSC to the truth at or above in "
+            f"{sum(gain >= 0 for gain in gains)}, above in {sum(gain > 0 for gain in gains)} (median "
+            f"{np.median(gains):+.4f}, worst {min(gains):+.4f}); 0.5 crossing as good or better in {sum(sharper)}; "
+            f"median angular error not worse in {sum(angles)}; inflation over {INFLATED:g} times MAP's in "
+            f"{len(too_much)}"
+            + (f" ({', '.join(f'{cell} {ratio:.2f}' for cell, ratio in too_much.items())})" if too_much else "")
+            + "."
+        )
+    return ["\n".join(lines)] if lines else []
+
+
+def _noise(records: Records) -> list[str]:
+    lines = []
+    for cell in NOISES:
+        if (cell, "map") in records and (cell, "cwred") in records:
+            plain, prior = records[cell, "map"], records[cell, "cwred"]
+            invented = invented_shells(prior, plain)
+            where = ", ".join(f"{value:.1f} Å" for value in invented) or "nowhere"
+            lines.append(
+                f"- **{cell}**: half-map FSC of cwred above 0.143 where MAP's is not: {where}; RELION's resolution "
+                f"{relion_resolution(prior):.1f} Å (MAP {relion_resolution(plain):.1f} Å); FSC to the protein of the "
+                f"reference 0.5 at {truth_resolution(prior):.1f} Å (MAP {truth_resolution(plain):.1f} Å)."
+            )
+    return ["\n".join(lines)] if lines else []
+
+
+def swapped_curves(experiment: Experiment, records: Records) -> dict[str, np.ndarray] | None:
+    """Return the curves of the swapped prior (see `swapped_correlation`), or None if their runs are not finished."""
+    a, b = (Cell(structure, SWAPPED[2]) for structure in SWAPPED[:2])
+    if not all((cell, run) in records for cell in (a, b) for run in ("map", "cwred")):
+        return None
+    return swapped_correlation(
+        *(experiment.place(cell) / run / "run_class001.mrc" for cell in (a, b) for run in ("map", "cwred"))
+    )
+
+
+def _swapped(curves: Mapping[str, np.ndarray], records: Records) -> str:
+    # From 10 A, where two molecules have no shape in common, up to where both MAP maps show something of the truth.
+    plains = [records[Cell(structure, SWAPPED[2]), "map"] for structure in SWAPPED[:2]]
+    first = int(np.searchsorted(frequency(plains[0]), 0.1))
+    last = max(first, min(last_shell(np.array(item["truth_fsc"]), 0.5) for item in plains))
+    values = ", ".join(
+        f"{name} {curve[first : last + 1].mean():+.3f} (at most {np.abs(curve[first : last + 1]).max():.3f})"
+        for name, curve in curves.items()
+    )
+    low, high = 1 / frequency(plains[0])[[first, last]]
+    return (
+        f"- **Swapped prior**, A = {SWAPPED[0]}, B = {SWAPPED[1]}: mean FSC from {low:.1f} to {high:.1f} Å: {values}."
+    )

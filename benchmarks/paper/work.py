@@ -1,0 +1,407 @@
+"""Doing the runs: each in a folder of its own, finished when its ``done.json`` is there."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cryored import __version__
+from cryored.denoise import Denoiser
+from cryored.errors import CryoredError, InputError, ModelError
+from cryored.models import check_weights, find_model
+from cryored.mrc import write_volume
+from cryored.output import write_text
+from cryored.simulate.harvest import harvest_files
+from cryored.simulate.harvest_relion import Display
+from cryored.simulate.pair_table import PairRow, read_pairs
+from cryored.simulate.refinement import RELION_HOOK, Data, RefinementError, iterations, make_data, refine
+from cryored.training.evaluation import judge, load_pair, shown
+from cryored.volume import Volume
+from cryored.watching.handover import PRESENCE
+from paper.measure import Record, measure, measure_refinement
+from paper.plan import LEVELS, RUNS, STRUCTURES, Cell, Run, Scale
+
+logger = logging.getLogger("cryored.paper")
+
+HOOK = Path(__file__).resolve().parents[2] / "bin" / "cryored-external-reconstruct"
+_RECORD = "done.json"
+_NO_SIGNAL = 1e-12  # signal-to-noise ratio of what stands for none
+_EXAMPLE = 7.0  # angstrom: the intermediate nearest to it is shown
+_POLL = 0.1  # seconds
+_PATIENCE = 60.0  # seconds for a watcher to end
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Where and how everything is done.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds all data sets and runs.
+    scale : Scale
+    structures : Path
+        Folder of the atomic models.
+    seed : int
+    hook : {"cold", "watch"}
+        Start cryored for each request, or have it resident.
+    relion : tuple of str
+        Further options of ``relion_refine``, for instance ``--gpu``.
+    """
+
+    folder: Path
+    scale: Scale
+    structures: Path
+    seed: int = 0
+    hook: str = "watch"
+    relion: tuple[str, ...] = ()
+
+    def place(self, cell: Cell) -> Path:
+        """Folder of a cell: its data set and, by name, its runs."""
+        return self.folder / str(cell).replace(":", "_")
+
+    def data(self, cell: Cell) -> Data:
+        """Return a cell's data set for reading; it is made by `prepare`."""
+        # The mask's diameter matters to refinements alone.
+        return Data(self.place(cell), self.scale.box, self.scale.angpix, 0.0)
+
+    def structure(self, cell: Cell) -> Path:
+        """Return the file of a cell's atomic model: the paper's own where it is there, else the stand-in.
+
+        Raises
+        ------
+        InputError
+            There is neither.
+        """
+        names = (cell.structure, STRUCTURES[cell.structure])
+        for name in names:
+            for path in sorted(self.structures.glob("*")):
+                if path.name.split(".")[0].lower() == name.lower():
+                    return path
+        raise InputError(
+            f"{self.structures}: no atomic model {names[0]} or {names[1]}, expected a PDB or mmCIF file of one of "
+            "these names; give another --structures"
+        )
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """Return what decides a cell's data set."""
+        scale = self.scale
+        return {
+            "structure": self.structure(cell).name.split(".")[0],
+            "snr": 0.0 if cell.is_noise else scale.snr[LEVELS.index(cell.level)],
+            "number": scale.number,
+            "box": scale.box,
+            "angpix": scale.angpix,
+            "perturb_angles": scale.perturb,
+            "seed": self.seed,
+        }
+
+    def method(self, run: Run) -> dict[str, Any]:
+        """Return what decides a run, but for the data set; a model counts by its weights and schedule.
+
+        Raises
+        ------
+        ModelError
+            The model is not there.
+        """
+        prior = None
+        if run.model is not None:
+            model = find_model(run.model)
+            check_weights(model)
+            text = json.dumps([model.card.sha256, model.card.input, model.card.schedule], sort_keys=True)
+            prior = hashlib.sha256(text.encode()).hexdigest()[:12]
+        # A single pass depends on the refinement that its intermediates are of.
+        search = [] if run.kind == "true-angles" else [*self.scale.search, *self.relion]
+        return {"kind": run.kind, "model": run.model, "prior": prior, "options": list(run.options), "search": search}
+
+    def hook_of(self, run: Run) -> str | None:
+        """Return what reconstructs in a run's refinement, None if there is none."""
+        if run.kind != "refine":
+            return None
+        return "relion" if run.model is None else self.hook
+
+    def record(self, cell: Cell, name: str) -> Record | None:
+        """Return what is known of a finished run."""
+        path = self.place(cell) / name / _RECORD
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(f"{path}: no readable JSON ({error}); remove it, and the run is done again") from None
+
+    def state(self, cell: Cell, name: str) -> str:
+        """Return ``done``, ``outdated`` (with other data, model or options), ``missing``, or ``no model``."""
+        record = self.record(cell, name)
+        try:
+            decisive = self.settings(cell) | self.method(RUNS[name])
+        except ModelError:
+            return "no model" if record is None else "outdated"
+        if record is None:
+            return "missing"
+        return "done" if all(record.get(key) == value for key, value in decisive.items()) else "outdated"
+
+    def records(self, cells: Sequence[Cell], names: Sequence[str]) -> dict[tuple[Cell, str], Record]:
+        """Return the records of all runs that are finished."""
+        found = {
+            (cell, name): self.record(cell, name) for cell in cells for name in names if RUNS[name].belongs_to(cell)
+        }
+        return {key: record for key, record in found.items() if record is not None}
+
+
+def prepare(experiment: Experiment, cell: Cell) -> Data:
+    """Make a cell's data set, unless it is there.
+
+    Raises
+    ------
+    InputError
+        The folder holds one that was made otherwise, or the structure cannot be used.
+    """
+    what, place = experiment.settings(cell), experiment.place(cell)
+    path = place / "settings.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in what.items():
+            if found.get(key) != value:
+                raise InputError(
+                    f"{path}: {key} is {found.get(key)}, asked for is {value}; use another --folder or remove {place}"
+                )
+    else:
+        place.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(what, indent=2) + "\n")
+
+    def make(folder: Path, snr: float) -> Data:
+        return make_data(
+            str(experiment.structure(cell)),
+            folder,
+            box=what["box"],
+            angpix=what["angpix"],
+            number=what["number"],
+            snr=snr,
+            perturb=what["perturb_angles"],
+            # The structure's own: its orientations are the same at all levels.
+            seed=(what["seed"] + zlib.crc32(cell.structure.encode())) % 2**31,
+        )
+
+    data = make(place, what["snr"] or _NO_SIGNAL)
+    if cell.is_noise:
+        # The reference has the strength that it has at the best level: the strongest temptation.
+        signal = make(place / "signal", experiment.scale.snr[0])
+        shutil.copyfile(signal.folder / "particles_reference.mrc", place / "particles_reference.mrc")
+    return data
+
+
+def do_run(
+    experiment: Experiment,
+    cell: Cell,
+    name: str,
+    on_iteration: Callable[[int], None] = lambda number: None,
+    stop: threading.Event | None = None,
+) -> Record:
+    """Do one run anew, and record it.
+
+    Raises
+    ------
+    InputError, ModelError, RefinementError
+        Data set, model or RELION fail, or a single pass has no intermediates yet.
+    """
+    run = RUNS[name]
+    method = experiment.method(run)
+    data = prepare(experiment, cell)
+    target = data.folder / name
+    begin = time.monotonic()
+    (target / _RECORD).unlink(missing_ok=True)
+    if run.kind == "refine":
+        result = _refine(experiment, data, cell, name, on_iteration, stop)
+    elif run.kind == "true-angles":
+        result = _reconstruct(data, name)
+    else:
+        result = _pass(data, name, str(run.model))
+    record = (
+        {"cell": str(cell), "run": name}
+        | experiment.settings(cell)
+        | method
+        | {"version": __version__, "date": datetime.date.today().isoformat()}
+        | {"seconds": round(time.monotonic() - begin), "hook": experiment.hook_of(run)}
+        | result
+    )
+    write_text(target / _RECORD, json.dumps(record) + "\n")
+    return record
+
+
+def _refine(
+    experiment: Experiment,
+    data: Data,
+    cell: Cell,
+    name: str,
+    on_iteration: Callable[[int], None],
+    stop: threading.Event | None,
+) -> Record:
+    run, target = RUNS[name], data.folder / name
+    hook, companion = RELION_HOOK, nullcontext
+    if run.model is not None:
+        options = ("--model", run.model, *run.options)
+        hook = shlex.quote(str(HOOK))
+        if experiment.hook == "watch":
+            companion = partial(resident, options=options)
+        else:
+            hook += f" {shlex.join(options)}"
+    refine(
+        data,
+        name,
+        hook,
+        search=(*experiment.scale.search, *experiment.relion),
+        timeout=experiment.scale.timeout,
+        companion=companion,
+        on_iteration=on_iteration,
+        stop=stop,
+    )
+    result = measure(data, name) | measure_refinement(data, name) | {"iterations": iterations(data, name)}
+    if name == "map" and not cell.is_noise:
+        try:
+            harvest_files(
+                str(target), str(data.truth), str(target / "pairs"), name=cell.structure, float16=True, overwrite=True
+            )
+        except InputError as error:  # hopeless: nothing of the truth in any map
+            logger.warning("%s: no intermediates for single passes: %s", cell, error)
+    for path in target.glob("run_it*"):  # a hundred megabytes and more
+        if not path.name.endswith("_cryored.log"):
+            path.unlink()
+    return result
+
+
+@contextmanager
+def resident(folder: Path, *, options: Sequence[str]) -> Iterator[None]:
+    """Have ``cryored watch`` serve a folder until the block ends.
+
+    Raises
+    ------
+    RefinementError
+        It ended before it was ready.
+    """
+    log = folder / "watch.log"
+    with log.open("w") as output:
+        watcher = subprocess.Popen(
+            [sys.executable, "-m", "cryored", "watch", str(folder), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Control-C ends RELION first, and then this
+        )
+        try:
+            while not (folder / PRESENCE).exists():
+                if watcher.poll() is not None:
+                    raise RefinementError(
+                        f"{log}: cryored watch ended with status {watcher.returncode}; the log says why"
+                    )
+                time.sleep(_POLL)
+            yield
+        finally:
+            watcher.terminate()
+            try:
+                watcher.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                watcher.kill()
+                watcher.wait()
+
+
+def _reconstruct(data: Data, name: str) -> Record:
+    """Reconstruct each half with the true angles, padded as in the refinements."""
+    target = data.folder / name
+    target.mkdir(exist_ok=True)
+    for half in (1, 2):
+        command = ["relion_reconstruct", "--i", "particles_truth.star", "--ctf", "--pad", "1", "--subset", str(half)]
+        command += ["--o", f"{name}/run_half{half}_class001_unfil.mrc"]
+        try:
+            subprocess.run(command, cwd=data.folder, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        except FileNotFoundError:
+            raise RefinementError(
+                "relion_reconstruct: not found on the PATH; install RELION or load its module"
+            ) from None
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
+            raise RefinementError(f"{target}: relion_reconstruct failed: {said[-1]}") from error
+    return measure(data, name)
+
+
+def _pass(data: Data, name: str, model: str) -> Record:
+    """Denoise the intermediates of one half of the MAP run once, and judge them."""
+    source, target = data.folder / "map", data.folder / name
+    if not (source / _RECORD).exists():
+        raise InputError(f"{source}: no finished run, expected RELION's intermediates; do the run map first")
+    target.mkdir(exist_ok=True)
+    rows = intermediates(data)
+    if not rows:
+        return {"judgements": [], "example": None}
+    found = find_model(model)
+    denoise = Denoiser(found)
+    judgements = [asdict(item) for item in judge(denoise, rows, found.card.input)]
+    example = example_of(rows)
+    pair, voxel_size = load_pair(example)
+    denoised = denoise(Volume(shown(pair, found.card.input), voxel_size))
+    write_volume(target / "denoised.mrc", denoised, label=f"benchmarks/paper {name}")
+    return {"judgements": judgements, "example": Path(example.noisy).name}
+
+
+def intermediates(data: Data) -> list[PairRow]:
+    """Return the first half's intermediates of the MAP run; none where it left nothing usable."""
+    table = data.folder / "map" / "pairs" / "pairs.star"
+    return [row for row in read_pairs(table) if row.half == 1] if table.exists() else []
+
+
+def example_of(rows: Sequence[PairRow]) -> PairRow:
+    """Return the intermediate that is shown."""
+    return min(rows, key=lambda row: abs(row.resolution - _EXAMPLE))
+
+
+def do_all(experiment: Experiment, cells: Sequence[Cell], names: Sequence[str], jobs: int) -> dict[str, str]:
+    """Do what is not done yet, several cells at a time; return why runs failed, by name.
+
+    On Control-C the refinements under way are ended and no other is begun.
+    """
+    todo = {
+        cell: [name for name in names if RUNS[name].belongs_to(cell) and experiment.state(cell, name) != "done"]
+        for cell in cells
+    }
+    stop = threading.Event()
+    failed: dict[str, str] = {}
+    with Display(sum(map(len, todo.values())), jobs) as display:
+
+        def work(cell: Cell) -> None:
+            for name in todo[cell]:
+                if stop.is_set():
+                    return
+                label = f"{cell} {name}"
+                display.begin(label)
+                try:
+                    do_run(experiment, cell, name, partial(display.iteration, label), stop)
+                except (CryoredError, OSError, MemoryError) as error:
+                    failed[label] = str(error) or "not enough memory"
+                display.end(label, "failed" if label in failed else "done")
+
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(work, cell) for cell in todo]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    return failed
