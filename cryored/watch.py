@@ -232,37 +232,48 @@ class Poll:
 
     folder: Path
     _looked: float = -np.inf
-    # What a request was when it was last seen: one that RELION has just written is left to the next look, and one
-    # that was answered comes again when --continue writes it anew.
+    # What a request was when it was last seen: one that RELION has just written is left to the next look.
     _seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    _taken: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    # What it was when it was answered: one that --continue writes anew comes again.
+    _answered: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def orders(self) -> list[_Found]:
         """Return the requests to answer now."""
         now = time.monotonic()
         if now - self._looked < _POLL_EVERY:
             return []
-        first, self._looked = np.isinf(self._looked), now
+        self._looked = now
         found = []
         for star in sorted(self.folder.glob(f"*{ENDING}.star")):
-            try:
-                status = star.stat()
-            except FileNotFoundError:
+            state = _state(star)
+            if state is None or self._answered.get(star) == state:
                 continue
-            state = (status.st_mtime_ns, status.st_size)
-            handed_over = star.with_name(star.name.replace(f"{ENDING}.star", "_cryored.request")).exists()
-            if first and star.with_suffix(".mrc").exists():
-                self._taken[star] = state  # of an earlier run, or answered already
-            if self._taken.get(star) != state and not handed_over:
-                if self._seen.get(star) == state and is_request(str(star)):
-                    self._taken[star] = state
-                    try:
-                        project = project_folder(star)
-                        found.append(_Found(os.path.relpath(star.resolve(), project), project))
-                    except InputError as error:
-                        logger.warning("%s", error)
-                self._seen[star] = state
+            if star not in self._answered and star.with_suffix(".mrc").exists():
+                self._answered[star] = state  # by an earlier run, or a hook by itself
+            elif self._seen.get(star) == state and is_request(str(star)):
+                self._answered[star] = state
+                try:
+                    project = project_folder(star)
+                    found.append(_Found(os.path.relpath(star.resolve(), project), project))
+                except InputError as error:
+                    logger.warning("%s", error)
+            self._seen[star] = state
         return found
+
+    def leave(self, star: Path) -> None:
+        """Take no notice of a request that was handed over, until it is written anew."""
+        star = self.folder / star.name
+        state = _state(star)
+        if state is not None:
+            self._answered[star] = state
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 def watch_folder(
@@ -345,15 +356,23 @@ def watch_folder(
 
         server = Server(place, updater, angpix=angpix, unregularised=unregularised, clean=clean, show=show)
         inbox, looking = Inbox(place, presence.token), Poll(place) if poll else None
+
+        def handed_over() -> Sequence[Order]:
+            orders = inbox.waiting()
+            if looking is not None:
+                for order in orders:
+                    looking.leave(Path(order.star))
+            return orders
+
         table.state("waiting")
         while not stop.is_set():
             presence.check()
-            orders: Sequence[Order] = inbox.waiting() or (looking.orders() if looking else [])
+            orders: Sequence[Order] = handed_over() or (looking.orders() if looking else [])
             if not orders:
                 stop.wait(_LOOK_EVERY)
                 continue
             table.state(f"busy {Path(orders[0].star).name.removesuffix(f'{ENDING}.star')}")
-            server.serve(orders, inbox.waiting)
+            server.serve(orders, handed_over)
             if pages is not None and (stop.is_set() or not inbox.waiting()):
                 try:
                     pages.write()

@@ -242,9 +242,19 @@ def test_polling_finds_what_has_no_result_and_is_no_longer_written(project):
 
 
 def test_polling_leaves_what_is_handed_over(project):
-    Path(f"{HALVES[0]}_cryored.request").write_text("")
     poll = Poll(Path("run"))
     look(poll)
+    poll.leave(Path(star(HALVES[0])))
+    assert star(HALVES[0]) not in look(poll)
+    result(HALVES[0]).write_text("answered")
+    assert look(poll) == []
+
+
+def test_polling_leaves_what_a_hook_answered_by_itself(project):
+    poll = Poll(Path("run"))
+    look(poll)
+    result(HALVES[0]).write_text("answered")
+    assert star(HALVES[0]) not in look(poll)
     assert star(HALVES[0]) not in look(poll)
 
 
