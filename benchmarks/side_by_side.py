@@ -137,7 +137,7 @@ def choose(rows: Sequence[PairRow], number: int) -> list[PairRow]:
     """Return at most `number` rows, spread evenly over bins of resolution, and in a bin over structures."""
     bins: dict[str, list[PairRow]] = {}
     for row in sorted(rows, key=lambda row: (row.structure, row.resolution, row.noisy)):
-        unjudged = Judgement(row.structure, Path(row.noisy).name, row.resolution, *[np.nan] * 6)
+        unjudged = Judgement(row.structure, Path(row.noisy).name, row.resolution, *[np.nan] * 7)
         bins.setdefault(unjudged.row, []).append(row)
     shares = dict.fromkeys(bins, 0)
     while sum(shares.values()) < min(number, len(rows)):

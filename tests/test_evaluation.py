@@ -16,6 +16,7 @@ from cryored.errors import InputError, ModelError, OutputError
 from cryored.fourier import apply_shells
 from cryored.fsc import crossing_resolution, shell_correlation
 from cryored.lambda_schedule import model_schedule, parse_schedule, read_schedule
+from cryored.mask import soft_mask
 from cryored.models import find_model
 from cryored.mrc import read_volume, write_volume
 from cryored.simulate.pair_table import Pair, PairRow, read_pairs, write_pairs
@@ -107,6 +108,19 @@ def test_a_denoiser_that_returns_its_input_is_the_wiener_filter(table):
         assert item.misled == {}
 
 
+def test_what_a_mask_would_do_is_told_apart():
+    """A denoiser that only empties the solvent is better than Wiener, and inside the molecule just as good."""
+    truth = soft_sphere((BOX,) * 3, 3.0, 1.0)
+    noise = np.random.default_rng(1).standard_normal(truth.shape, dtype=np.float32)
+    pair = Pair(truth + noise, truth, FSC, 6.0, truth)
+    molecule = soft_mask(Volume(truth, ANGPIX)).data
+    emptied = np.where(molecule > 0, apply_shells(pair.noisy, FSC), 0)
+    found = judge_map(pair, emptied, ANGPIX, structure="s", name="n")
+    assert found.error_to_wiener < 0.9
+    assert found.inside_error_to_wiener == pytest.approx(1, abs=1e-6)
+    assert judge_map(pair, pair.target, ANGPIX, structure="s", name="n").inside_error_to_wiener == 0
+
+
 def test_errors_are_those_of_their_definition():
     pair = make_pair(3)
     wiener = apply_shells(pair.noisy, FSC)
@@ -182,7 +196,9 @@ def test_wrong_curves():
 
 
 def judgement(resolution, error=0.5, gain=0.25, name="run_it005_half1", **misled):
-    return Judgement("s", name, resolution, error / 2, error / 4, error, error / 3, 10.0, 10 / (1 + gain), misled)
+    return Judgement(
+        "s", name, resolution, error / 2, error / 4, error, error / 3, error / 5, 10.0, 10 / (1 + gain), misled
+    )
 
 
 def test_bins_begin_at_their_lower_edge():
@@ -219,6 +235,7 @@ def test_the_summary():
         "median_l1_error_to_unregularised": 0.2,
         "median_error_to_wiener": 0.8,
         "median_l1_error_to_wiener": 0.267,
+        "median_inside_error_to_wiener": 0.16,
         "worst_error_to_wiener": 1.2,
         "error_not_worse_percent": 66.7,
         "median_crossing_gain_percent": 30.0,
@@ -445,11 +462,11 @@ def sums_of(resolution, slope, *, power=1.0):
 def test_the_fit_follows_the_maps_and_ends_where_they_end():
     maps = [sums_of(4.0, 1.3), sums_of(5.0, 0.8), sums_of(5.5, 0.6), sums_of(12.0, 0.2), sums_of(14.0, 0.4)]
     stored = fit([*maps, sums_of(np.inf, 1.0), sums_of(30.0, 1.0)])
-    assert stored["resolution"] == [4.0, 5.25, 13.0, 14.0, 15.0]
+    assert stored["resolution"] == [4.0, 5.25, 13.0, 14.0, 18.0]
     assert stored["lambda"] == [1.0, 0.7, 0.3, 0.3, 0.0]
     assert stored["pairs"] == 5
     schedule = parse_schedule(stored, "fit")
-    assert [schedule(r) for r in (2.0, 4.0, 5.25, 13.0, 14.0, 15.0, 29.0, np.inf)] == [1, 1, 0.7, 0.3, 0.3, 0, 0, 0]
+    assert [schedule(r) for r in (2.0, 4.0, 5.25, 13.0, 14.0, 18.0, 29.0, np.inf)] == [1, 1, 0.7, 0.3, 0.3, 0, 0, 0]
     values = [schedule(r) for r in np.linspace(2, 40, 200)]
     assert (np.diff(values) <= 0).all()
     first, second, third = stored["bins"]
@@ -461,10 +478,15 @@ def test_the_fit_follows_the_maps_and_ends_where_they_end():
     json.dumps(stored)
 
 
-def test_no_trust_at_30_angstrom():
-    stored = fit([sums_of(29.9999999, 1.0)])
-    assert parse_schedule(stored, "fit")(30.0) == 0
-    assert stored["resolution"][-1] == 30.0
+def test_no_trust_in_what_pure_noise_reaches():
+    stored = fit([sums_of(14.9999999, 1.0)])
+    assert stored["lambda"][0] == 1
+    assert parse_schedule(stored, "fit")(18.0) == 0
+
+
+def test_no_trust_beyond_the_last_bin_with_maps():
+    stored = fit([sums_of(7.0, 1.0)])
+    assert parse_schedule(stored, "fit")(8.0) == 0
 
 
 def test_lambda_by_shell():
@@ -484,7 +506,7 @@ def test_lambda_by_shell():
 
 @pytest.mark.parametrize("maps", [[], [sums_of(np.inf, 1.0)], [sums_of(35.0, 1.0)], [sums_of(5.0, 1.0, power=0.0)]])
 def test_maps_that_tell_nothing(maps):
-    message = f"none of {len(maps)} maps tells a lambda, expected some with a nominal resolution better than 30 A and"
+    message = f"none of {len(maps)} maps tells a lambda, expected some with a nominal resolution better than 15 A and"
     with pytest.raises(InputError, match=message):
         fit(maps)
 
@@ -538,7 +560,7 @@ def test_the_command_fits(table, model, tmp_path, monkeypatch):
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == ""
-    assert "1 of 5 pairs left out: lambda is 0 at 30 A and worse" in done.stderr
+    assert "1 of 5 pairs left out, at 15 A or worse" in done.stderr
     # The card is what red-update and lambda-schedule follow from now on.
     schedule = read_schedule("schedule.json")
     for resolution in (5.0, 11.0):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from cryored.errors import InputError
 from cryored.fourier import apply_shells
 from cryored.fsc import crossing_resolution, shell_correlation
+from cryored.mask import soft_mask
 from cryored.mrc import read_volume
 from cryored.output import check_target, write_text
 from cryored.simulate.pair_table import Pair, PairRow, read_pairs
@@ -44,6 +45,8 @@ class Judgement:
         Over the unregularised map's (Kimanius et al. 2021, Fig. 1c).
     error_to_wiener, l1_error_to_wiener : float
         Over the FSC-weighted map's.
+    inside_error_to_wiener : float
+        The same within the molecule's soft mask: what is left if a mask takes the solvent away.
     crossing_wiener, crossing : float
         Where the FSC to the truth falls to 0.5, in angstrom: the weighted and the denoised map's. The box's edge
         where it is lower throughout.
@@ -58,6 +61,7 @@ class Judgement:
     l1_error_to_unregularised: float
     error_to_wiener: float
     l1_error_to_wiener: float
+    inside_error_to_wiener: float
     crossing_wiener: float
     crossing: float
     misled: dict[str, float] = field(default_factory=dict)
@@ -91,6 +95,8 @@ def judge_map(pair: Pair, denoised: Array, voxel_size: float, *, structure: str,
     wiener = weigh(pair.noisy, pair.fsc)
     errors = [volume - pair.target for volume in (pair.noisy, wiener, denoised)]
     raw, before, after = (float(np.linalg.norm(error)) for error in errors)
+    molecule = _molecule(pair.truth, voxel_size)
+    inside = [float(np.linalg.norm(error * molecule)) for error in errors[1:]]
     raw_l1, before_l1, after_l1 = (float(np.abs(error).sum(dtype=np.float64)) for error in errors)
     edge = max(pair.truth.shape) * voxel_size
     frequency = np.arange(max(pair.truth.shape) // 2 + 1) / edge
@@ -106,6 +112,7 @@ def judge_map(pair: Pair, denoised: Array, voxel_size: float, *, structure: str,
         l1_error_to_unregularised=_ratio(after_l1, raw_l1),
         error_to_wiener=_ratio(after, before),
         l1_error_to_wiener=_ratio(after_l1, before_l1),
+        inside_error_to_wiener=_ratio(inside[1], inside[0]),
         crossing_wiener=crossings[0],
         crossing=crossings[1],
     )
@@ -216,6 +223,7 @@ def _statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
         "median_l1_error_to_unregularised": np.median(every("l1_error_to_unregularised")),
         "median_error_to_wiener": np.median(errors),
         "median_l1_error_to_wiener": np.median(every("l1_error_to_wiener")),
+        "median_inside_error_to_wiener": np.median(every("inside_error_to_wiener")),
         "worst_error_to_wiener": errors.max(),
         "error_not_worse_percent": 100 * np.mean(errors <= 1),
         "median_crossing_gain_percent": 100 * np.median(gains),
@@ -229,6 +237,14 @@ def _statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
             f"worst_error_fsc_{kind}": max(ratios),
         }
     return {name: round(float(value), 1 if name.endswith("percent") else 3) for name, value in result.items()}
+
+
+def _molecule(truth: Array, voxel_size: float) -> Array:
+    """Return the mask of a truth; of one without positive density, which no molecule is, the whole box."""
+    try:
+        return soft_mask(Volume(truth, voxel_size)).data
+    except InputError:
+        return np.ones_like(truth)
 
 
 def _ratio(after: float, before: float) -> float:
