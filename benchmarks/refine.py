@@ -7,19 +7,30 @@ Everything is made here: the truth from an atomic model, particles with CTF and 
   does to the alignment, and nothing else;
 - RELION's own half-map resolution.
 
-    python benchmarks/refine.py STRUCTURE -o DIR [--variants map,cwred] [--plot FILE.png]
+    python benchmarks/refine.py STRUCTURE -o DIR [--variants map,cwred] [--watch] [--plot FILE.png]
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
 import numpy as np
 import numpy.typing as npt
 
-from cryored.simulate.refinement import RELION_HOOK, Data, RefinementError, half_maps, iterations, make_data, refine
+from cryored.simulate.refinement import (
+    RELION_HOOK,
+    Data,
+    RefinementError,
+    half_maps,
+    iterations,
+    make_data,
+    refine,
+    resident,
+)
 
 HOOK = Path(__file__).resolve().parent.parent / "bin" / "cryored-external-reconstruct"
 
@@ -43,6 +54,12 @@ def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
     mask = soft_mask(truth).data
     average = sum(half_maps(data, name)) / 2
     return shell_correlation(average * mask, truth.data * mask)
+
+
+def watched(variant: str) -> Callable[[Path], AbstractContextManager[None]]:
+    """Return the companion that answers a variant's requests, and keeps a report of them in the run's folder."""
+    options = VARIANTS[variant].split()[1:]
+    return lambda folder: resident(folder, options=[*options, "--report", str(folder / "report.html")])
 
 
 def judge(data: Data, names: list[str]) -> list[dict[str, object]]:
@@ -98,6 +115,7 @@ def draw(data: Data, names: list[str], path: Path) -> None:
 @click.option("--number", default=400, show_default=True, help="Particles.")
 @click.option("--snr", default=0.05, show_default=True)
 @click.option("--seed", default=1, show_default=True)
+@click.option("--watch", is_flag=True, help="Keep cryored watch beside each refinement; its report lies in the run.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG of FSC curves and slices.")
 def main(
     structure: str,
@@ -108,6 +126,7 @@ def main(
     number: int,
     snr: float,
     seed: int,
+    watch: bool,
     plot: Path | None,
 ) -> None:
     """Refine simulated particles of STRUCTURE with RELION, once a variant, and compare with the truth."""
@@ -120,7 +139,10 @@ def main(
     for name in names:
         click.echo(f"refining: {name} ...", err=True)
         try:
-            seconds = refine(data, name, VARIANTS[name], on_iteration=_show_iteration)
+            hook, companion = VARIANTS[name], nullcontext
+            if watch and name != "relion":
+                hook, companion = str(HOOK), watched(name)
+            seconds = refine(data, name, hook, companion=companion, on_iteration=_show_iteration)
         except RefinementError as error:
             sys.exit(str(error))
         click.echo(f"  done in {seconds:.0f} s", err=True)

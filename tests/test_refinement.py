@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +17,13 @@ pytestmark = [
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 
 
-@contextmanager
-def watched(folder):
-    """Serve the folder of a run."""
-    command = [sys.executable, "-m", "cryored", "watch", str(folder), "--report", str(folder / "report.html")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as watcher:
-        while not (folder / "cryored_watch.txt").exists():
-            assert watcher.poll() is None
-            time.sleep(0.1)
-        yield
-        watcher.terminate()
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement")
     data = refine.make_data(str(STRUCTURE), folder, box=48, angpix=2.0, number=300, snr=0.08)
     for name in ("relion", "map", "cwred"):
         refine.refine(data, name, refine.VARIANTS[name])
-    refine.refine(data, "watched", refine.VARIANTS["cwred"], companion=watched)
+    refine.refine(data, "watched", refine.VARIANTS["cwred"], companion=refine.watched("cwred"))
     return data
 
 

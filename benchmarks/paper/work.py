@@ -9,13 +9,12 @@ import logging
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,17 @@ from cryored.output import write_text
 from cryored.simulate.harvest import harvest_files
 from cryored.simulate.harvest_relion import Display
 from cryored.simulate.pair_table import PairRow, read_pairs
-from cryored.simulate.refinement import RELION_HOOK, Data, RefinementError, iterations, make_data, refine
+from cryored.simulate.refinement import (
+    RELION_HOOK,
+    Data,
+    RefinementError,
+    iterations,
+    make_data,
+    refine,
+    resident,
+)
 from cryored.training.evaluation import judge, load_pair, shown
 from cryored.volume import Volume
-from cryored.watching.handover import PRESENCE
 from paper.measure import Record, measure, measure_refinement
 from paper.plan import LEVELS, RUNS, STRUCTURES, Cell, Run, Scale
 
@@ -284,41 +290,6 @@ def _refine(
         if not path.name.endswith("_cryored.log"):
             path.unlink()
     return result
-
-
-@contextmanager
-def resident(folder: Path, *, options: Sequence[str]) -> Iterator[None]:
-    """Have ``cryored watch`` serve a folder until the block ends.
-
-    Raises
-    ------
-    RefinementError
-        It ended before it was ready.
-    """
-    log = folder / "watch.log"
-    with log.open("w") as output:
-        watcher = subprocess.Popen(
-            [sys.executable, "-m", "cryored", "watch", str(folder), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Control-C ends RELION first, and then this
-        )
-        try:
-            while not (folder / PRESENCE).exists():
-                if watcher.poll() is not None:
-                    raise RefinementError(
-                        f"{log}: cryored watch ended with status {watcher.returncode}; the log says why"
-                    )
-                time.sleep(_POLL)
-            yield
-        finally:
-            watcher.terminate()
-            try:
-                watcher.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                watcher.kill()
-                watcher.wait()
 
 
 def _reconstruct(data: Data, name: str) -> Record:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cryored.output import write_text
 from cryored.simulate.density import simulate_map_file
 from cryored.simulate.particles import simulate_particles_file
 from cryored.simulate.structure import read_atoms
+from cryored.watching.handover import PRESENCE
 
 # RELION's own reconstruction as hook: the maps of a plain refinement, and the requests stay.
 RELION_HOOK = "sh -c 'relion_external_reconstruct \"$1\" --skip_gridding' relion"
@@ -39,6 +40,7 @@ GLOBAL_SEARCH = (
 
 _POLL = 0.2  # seconds between looks at a running refinement
 _PATIENCE = 10.0  # seconds for mpirun to end its ranks before all are killed
+_WATCHERS_PATIENCE = 60.0  # seconds for a watcher to end
 _LEAST_MARGIN = 10.0  # angstrom by which the particle diameter exceeds the molecule's
 
 
@@ -212,6 +214,48 @@ def refine(
             f"{log}: relion_refine_mpi failed with status {run.returncode}: {_complaint(log)}; the log has more"
         )
     return time.monotonic() - begin
+
+
+@contextmanager
+def resident(folder: Path, *, options: Sequence[str]) -> Iterator[None]:
+    """Have ``cryored watch`` serve a folder until the block ends: a companion for `refine`.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    options : sequence of str
+        Of ``cryored watch``.
+
+    Raises
+    ------
+    RefinementError
+        It ended before it was ready.
+    """
+    log = folder / "watch.log"
+    with log.open("w") as output:
+        watcher = subprocess.Popen(
+            [sys.executable, "-m", "cryored", "watch", str(folder), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Control-C ends RELION first, and then this
+        )
+        try:
+            while not (folder / PRESENCE).exists():
+                if watcher.poll() is not None:
+                    raise RefinementError(
+                        f"{log}: cryored watch ended with status {watcher.returncode}; the log says why"
+                    )
+                time.sleep(_POLL)
+            yield
+        finally:
+            watcher.terminate()
+            try:
+                watcher.wait(_WATCHERS_PATIENCE)
+            except subprocess.TimeoutExpired:
+                watcher.kill()
+                watcher.wait()
 
 
 def check_relion() -> None:
