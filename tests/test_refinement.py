@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import refine
 
+from cryored.lambda_schedule import model_schedule
+from cryored.models import find_model
+
 pytestmark = [
     pytest.mark.relion,
     pytest.mark.slow,
@@ -75,12 +78,11 @@ def test_a_watched_refinement_is_the_same(data):
 
 
 def test_the_prior_was_at_work(data):
-    lambdas = [line["lambda"] for lines in records(data, "cwred").values() for line in lines]
-    assert max(lambdas) > 0.1
+    schedule = model_schedule(find_model("cwred"))
     for lines in records(data, "cwred").values():
         resolution = lines[0]["nominal_resolution"]
-        expected = np.clip((10 - resolution) / 5.5, 0, 1)
-        assert lines[0]["lambda"] == pytest.approx(expected, abs=1e-3)  # as printed, three decimals of angstrom
+        assert lines[0]["lambda"] == pytest.approx(schedule(resolution), abs=1e-3)  # printed with three decimals
+    assert max(line["lambda"] for lines in records(data, "cwred").values() for line in lines) > 0.1
 
 
 def test_cwred_is_at_least_as_near_to_the_truth_as_map(data):
