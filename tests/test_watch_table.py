@@ -142,14 +142,19 @@ def test_log_lines_stay_above_the_table_and_results_out_of_it(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_terminal_a_line_a_request(monkeypatch, caplog, capsys):
-    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)  # the command line turns it off
-    with caplog.at_level("INFO", logger="cryored"), Table("job012", "model cwred") as table:
+def test_without_a_terminal_a_line_a_request(monkeypatch, capsys):
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logger = logging.getLogger("cryored.watching.table")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    with Table("job012", "model cwred") as table:
         table.state("busy run_it003_half1_class001")
         table.add(entry(device="CPU"))
         table.add(entry(1, resolution=math.inf, lam=0.0, seconds={"read": 0.2}, change=0.0, device="CPU"))
         table.add(entry(half=2, error="weight.mrc: 100 % nan"))
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+    assert [(record.levelname, record.getMessage()) for record in logged] == [
         ("INFO", "job012"),
         ("INFO", "model cwred"),
         (
