@@ -142,14 +142,17 @@ def main(box: int, pad: int, repeats: int, model: str, requests: int) -> None:
             turns = [(together(folder, hook), inside(), reconstruct(folder)) for _ in range(repeats)]
             watched, alone, relion = (statistics.median(column) for column in zip(*turns, strict=True))
             if lam:
-                requested, early = 2 * (repeats + 1), 0.0
+                requested = 2 * (repeats + 1)
+                while requested < 20:
+                    together(folder, hook)
+                    requested += 2
+                first, early = requested, memory(watcher)
                 while requested < requests:
                     together(folder, hook)
                     requested += 2
-                    if requested >= 20 and not early:
-                        early = memory(watcher)
                 late = memory(watcher)
-                note = f"memory after 20 requests {early:.0f} MiB, after {requested} {late:.0f} MiB: {late / early:.3f}"
+                note = f"memory after {first} requests {early:.0f} MiB, after {requested} {late:.0f} MiB: "
+                note += f"{late / early:.3f}"
                 click.echo(note, err=True)
             end(watcher, folder)
             cold = statistics.median(together(folder, hook, *options) for _ in range(3))
