@@ -366,7 +366,8 @@ def test_without_a_beat_the_script_does_not_wait(shell):
     code, err = hook(STAR, shell=shell, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
     assert code == 7
     assert "the watcher of run on elsewhere (pid 1) gives no sign of life; going on by itself" in err
-    assert sum(map(float, Path("slept").read_text().split())) == pytest.approx(3)
+    slept = sum(map(float, Path("slept").read_text().split()))
+    assert 3 <= slept < 3.05  # the looks do not fall on whole seconds
     assert nothing_left()
 
 
