@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.fourier import Complexes, apply_shells, forward, inverse, shell_index, spatial_frequency
-from cryored.models import DEFAULT_MODEL, check_weights, find_model
+from cryored.fourier import Complexes, forward, inverse, shell_index, spatial_frequency
+from cryored.models import DEFAULT_MODEL
 from cryored.mrc import read_volume
 from cryored.output import is_stream
 from cryored.volume import Floats, Volume
@@ -396,26 +396,20 @@ def fsc_files(
         unmasked = masked.unmasked
     substituted = None
     if substitute_noise_from is not None:
-        from cryored.denoise import Denoiser
-        from cryored.substitution import substituted_correlation
+        from cryored.substitution import substituted_volumes
 
-        start = shell_at(substitute_noise_from, "--substitute-noise")
-        denoiser = Denoiser(find_model(model), gpu=gpu, threads=threads)
-        check_weights(denoiser.model)
-        data1, data2 = volume1.data, volume2.data
-        if denoiser.model.card.input == "regularised":
-            data1, data2 = (apply_shells(data, np.clip(unmasked, 0.0, 1.0), threads) for data in (data1, data2))
-        substituted = substituted_correlation(
-            data1,
-            data2,
-            lambda data: denoiser(Volume(data, voxel_size)).data,
-            start,
+        substituted = substituted_volumes(
+            volume1.with_voxel_size(voxel_size),
+            volume2.with_voxel_size(voxel_size),
+            unmasked,
+            shell_at(substitute_noise_from, "--substitute-noise"),
+            model=model,
             # Random numbers of its own, so that the noise is the same with and without a mask.
             rng=np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0]),
             mask=None if envelope is None else envelope.data,
+            gpu=gpu,
             threads=threads,
         )
-        logger.info("denoised with %s on %s", denoiser.model.card.name, denoiser.device_name)
     return FscResult(names, None if mask is None else _name(mask), box, voxel_size, unmasked, masked, substituted)
 
 

@@ -55,8 +55,8 @@ class Settings:
 
 
 @dataclass
-class Work:
-    """A request on its way through an `Updater`: what has been computed, and how long it took.
+class Maps:
+    """The maps of a request on its way through an `Updater`, and how long they took.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ class Updater:
         resolution = request.nominal_resolution()
         return self.schedule(resolution), resolution
 
-    def begin(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Work:
+    def begin(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Maps:
         """Reconstruct the MAP map, and the unregularised one where the model sees that.
 
         Parameters
@@ -149,24 +149,24 @@ class Updater:
         seconds: dict[str, float] = {}
         with timed(seconds, "map"):
             data = reconstruct(sums, prior=self._prior(request), threads=self.settings.threads)
-        work = Work(request, sums, lam, resolution, Volume(data, request.pixel_size), seconds=seconds)
+        maps = Maps(request, sums, lam, resolution, Volume(data, request.pixel_size), seconds=seconds)
         if lam > 0:
-            work.denoised = denoised
+            maps.denoised = denoised
             if denoised is None and self.model.card.input == "unregularised":
-                self.add_unregularised(work)
-        return work
+                self.add_unregularised(maps)
+        return maps
 
-    def add_unregularised(self, work: Work) -> Volume:
+    def add_unregularised(self, maps: Maps) -> Volume:
         """Reconstruct B / K, unless it is there already."""
-        if work.unregularised is None:
-            with timed(work.seconds, "unregularised"):
-                data = reconstruct(work.sums, threads=self.settings.threads)
-            work.unregularised = work.regularised.with_data(data)
-        return work.unregularised
+        if maps.unregularised is None:
+            with timed(maps.seconds, "unregularised"):
+                data = reconstruct(maps.sums, threads=self.settings.threads)
+            maps.unregularised = maps.regularised.with_data(data)
+        return maps.unregularised
 
-    def denoise(self, works: Sequence[Work]) -> None:
-        """Send what needs it through the network, in one call."""
-        left = [work for work in works if work.lam > 0 and work.denoised is None]
+    def denoise(self, several: Sequence[Maps]) -> None:
+        """Send the maps of one or more requests through the network, in one call, where they need it."""
+        left = [maps for maps in several if maps.lam > 0 and maps.denoised is None]
         if not left:
             return
         seconds: dict[str, float] = {}
@@ -174,31 +174,31 @@ class Updater:
             self.denoiser.load()
         with timed(seconds, "network"):
             raw = self.model.card.input == "unregularised"
-            maps = self.denoiser.denoise_all(
-                [self.add_unregularised(work) if raw else work.regularised for work in left]
+            denoised = self.denoiser.denoise_all(
+                [self.add_unregularised(maps) if raw else maps.regularised for maps in left]
             )
-        for work, denoised in zip(left, maps, strict=True):
-            work.denoised = denoised
-            work.seconds |= seconds
+        for maps, volume in zip(left, denoised, strict=True):
+            maps.denoised = volume
+            maps.seconds |= seconds
 
-    def finish(self, work: Work) -> Answer:
+    def finish(self, maps: Maps) -> Answer:
         """Reconstruct the request's map."""
-        request, regularised = work.request, work.regularised
-        if work.denoised is None:
+        request, regularised = maps.request, maps.regularised
+        if maps.denoised is None:
             return Answer(regularised, 1.0, 0.0)
-        weight = work.lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
+        weight = maps.lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
         if self.settings.prior_limit is not None:
             weight = weight * fade_out(request.frequency, 1 / self.settings.prior_limit)
-        source = Denoised(work.denoised.data, weight, self.settings.extrapolate)
-        with timed(work.seconds, "update"):
-            data = reconstruct(work.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
+        source = Denoised(maps.denoised.data, weight, self.settings.extrapolate)
+        with timed(maps.seconds, "update"):
+            data = reconstruct(maps.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
         return Answer(regularised.with_data(data), *_compare(data, regularised.data))
 
     def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
         """Do all the steps for one request."""
-        work = self.begin(request, sums, denoised=denoised)
-        self.denoise([work])
-        return self.finish(work)
+        maps = self.begin(request, sums, denoised=denoised)
+        self.denoise([maps])
+        return self.finish(maps)
 
     @staticmethod
     def _prior(request: Request) -> Shells:
@@ -222,7 +222,7 @@ def load_sums(request: Request, threads: int | None = None) -> Accumulators:
 
 
 @dataclass
-class Job:
+class Outputs:
     """A request as files: where it came from, where its maps go, and its line in the log.
 
     Parameters
@@ -247,7 +247,7 @@ class Job:
     clean: bool
     record: dict[str, Any]
 
-    def write(self, updater: Updater, work: Work, answer: Answer) -> dict[str, Any]:
+    def write(self, updater: Updater, maps: Maps, answer: Answer) -> dict[str, Any]:
         """Write the maps; return what will be logged.
 
         Raises
@@ -256,16 +256,16 @@ class Job:
             A map cannot be written; there is then no part of it.
         """
         request, card = self.request, updater.model.card
-        raw = None if self.unregularised is None else updater.add_unregularised(work)
-        with timed(work.seconds, "write"):
+        raw = None if self.unregularised is None else updater.add_unregularised(maps)
+        with timed(maps.seconds, "write"):
             if self.unregularised is not None and raw is not None:
                 write_volume(self.unregularised, raw, label="red-update unregularised")
-            label = f"red-update {card.name} {card.sha256[:8]} lambda {work.lam:.4f}"
-            write_volume(self.target, answer.result, label=label if work.lam > 0 else "red-update lambda 0 (MAP)")
+            label = f"red-update {card.name} {card.sha256[:8]} lambda {maps.lam:.4f}"
+            write_volume(self.target, answer.result, label=label if maps.lam > 0 else "red-update lambda 0 (MAP)")
             if self.own_target and request.result_star is not None:
                 # RELION would read new tau2 or FSC from it, even one that an earlier run has left.
                 request.result_star.unlink(missing_ok=True)
-        used = work.denoised is not None and "network" in work.seconds
+        used = maps.denoised is not None and "network" in maps.seconds
         self.record |= {
             "device": updater.denoiser.device_name if used else "CPU, no network",
             "power_ratio": round(answer.power_ratio, 5),
@@ -285,7 +285,7 @@ class Job:
                 path.unlink(missing_ok=True)
 
 
-def open_job(
+def plan_outputs(
     name: str,
     request: Request,
     updater: Updater,
@@ -296,7 +296,7 @@ def open_job(
     denoised: str | None = None,
     clean: bool = False,
     overwrite: bool = False,
-) -> Job:
+) -> Outputs:
     """Check where the answer to a request goes, and begin its line in the log; see `red_update_file`.
 
     Parameters
@@ -334,7 +334,7 @@ def open_job(
         "model_sha256": card.sha256,
         "denoised": denoised,
     }
-    return Job(request, target, output is None, unregularised, clean, record)
+    return Outputs(request, target, output is None, unregularised, clean, record)
 
 
 def red_update_file(
@@ -385,7 +385,7 @@ def red_update_file(
         request = read_request_file(job, angpix=angpix)
         found = find_model(model)
         updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
-        task = open_job(
+        outputs = plan_outputs(
             job,
             request,
             updater,
@@ -396,18 +396,18 @@ def red_update_file(
             clean=clean,
             overwrite=overwrite,
         )
-        if task.record["lambda"] > 0 or check:
+        if outputs.record["lambda"] > 0 or check:
             check_weights(found)
         sums = load_sums(request, settings.threads)
         given = None if denoised is None else _read_denoised(denoised, request)
     if check:
-        return task.record
-    work = updater.begin(request, sums, denoised=given)
-    updater.denoise([work])
-    task.write(updater, work, updater.finish(work))
-    task.log(seconds | work.seconds | {"total": time.monotonic() - begin})
-    task.tidy()
-    return task.record
+        return outputs.record
+    maps = updater.begin(request, sums, denoised=given)
+    updater.denoise([maps])
+    outputs.write(updater, maps, updater.finish(maps))
+    outputs.log(seconds | maps.seconds | {"total": time.monotonic() - begin})
+    outputs.tidy()
+    return outputs.record
 
 
 def _read_denoised(path: str, request: Request) -> Volume:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from cryored.fourier import forward, inverse, shell_index
+from cryored.denoise import Denoiser
+from cryored.fourier import apply_shells, forward, inverse, shell_index
 from cryored.fsc import Curve, check_shell, shell_correlation
-from cryored.volume import Floats
+from cryored.models import check_weights, find_model
+from cryored.volume import Floats, Volume
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,3 +106,50 @@ def substituted_correlation(
         denoised=compare([denoise(data) for data in halves]),
         denoised_substituted=compare([denoise(data) for data in noisy]),
     )
+
+
+def substituted_volumes(
+    half1: Volume,
+    half2: Volume,
+    fsc: Curve,
+    start: int,
+    *,
+    model: str,
+    rng: np.random.Generator,
+    mask: Floats | None = None,
+    gpu: bool | None = None,
+    threads: int | None = None,
+) -> SubstitutedFsc:
+    """Test a model on two raw half-maps; see `substituted_correlation`.
+
+    Parameters
+    ----------
+    half1, half2 : Volume
+    fsc : (n_shells,) float64
+        Of the two, which filters them for a model that expects that.
+    model : str
+        Name or folder.
+    gpu : bool, optional
+        See `cryored.device.set_up`.
+
+    Raises
+    ------
+    InputError, ModelError
+        `start` is shell 0 or beyond Nyquist; the model cannot be found or used.
+    """
+    denoiser = Denoiser(find_model(model), gpu=gpu, threads=threads)
+    check_weights(denoiser.model)
+    maps = [half1.data, half2.data]
+    if denoiser.model.card.input == "regularised":
+        maps = [apply_shells(data, np.clip(fsc, 0.0, 1.0), threads) for data in maps]
+    result = substituted_correlation(
+        maps[0],
+        maps[1],
+        lambda data: denoiser(half1.with_data(data)).data,
+        start,
+        rng=rng,
+        mask=mask,
+        threads=threads,
+    )
+    logger.info("denoised with %s on %s", denoiser.model.card.name, denoiser.device_name)
+    return result

@@ -18,7 +18,7 @@ from cryored.denoise import Denoiser
 from cryored.errors import CryoredError, InputError, in_words
 from cryored.models import check_weights, find_model
 from cryored.output import check_target
-from cryored.red_update import ROOT, Answer, Job, Settings, Updater, Work, load_sums, open_job, timed
+from cryored.red_update import ROOT, Answer, Maps, Outputs, Settings, Updater, load_sums, plan_outputs, timed
 from cryored.relion import ENDING, Request, is_request, parts_of, project_folder, read_request_file
 from cryored.watching.handover import Inbox, Presence
 from cryored.watching.table import Entry, Table
@@ -59,7 +59,7 @@ class Order(Protocol):
         """Say why somebody else has to do it."""
 
 
-Shown = tuple[Entry, Work, Answer]
+Shown = tuple[Entry, Maps, Answer]
 
 
 @dataclass
@@ -67,8 +67,8 @@ class _Case:
     """An order that is being worked on."""
 
     order: Order
-    job: Job
-    work: Work
+    outputs: Outputs
+    maps: Maps
     seconds: dict[str, float]
     begin: float
 
@@ -84,7 +84,7 @@ class Server:
     angpix, unregularised, clean
         See `cryored.red_update.red_update_file`.
     show : callable
-        Gets the entry of each order, and its work and answer where there is one.
+        Gets the entry of each order, and its maps and answer where there is one.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Server:
         angpix: float | None = None,
         unregularised: str | None = None,
         clean: bool = False,
-        show: Callable[[Entry, Work | None, Answer | None], None] = lambda *shown: None,
+        show: Callable[[Entry, Maps | None, Answer | None], None] = lambda *shown: None,
     ) -> None:
         self._folder = folder.resolve()
         self._updater = updater
@@ -117,7 +117,7 @@ class Server:
         cases = list(self._begin(orders))
         cases += self._begin(more())
         try:
-            self._updater.denoise([case.work for case in cases])
+            self._updater.denoise([case.maps for case in cases])
         except Exception as error:
             for case in cases:
                 self._fail(case.order, error)
@@ -142,7 +142,7 @@ class Server:
                         logger.warning("%s: %s lies outside %s: declined", order.star, outside, self._folder)
                         order.declined(f"{outside} lies outside {self._folder}, which is what the watcher serves")
                         continue
-                    job = open_job(
+                    outputs = plan_outputs(
                         order.star,
                         request,
                         self._updater,
@@ -151,38 +151,46 @@ class Server:
                         clean=self._clean,
                     )
                     sums = load_sums(request, self._updater.settings.threads)
-                work = self._updater.begin(request, sums)
+                maps = self._updater.begin(request, sums)
             except Exception as error:
                 self._fail(order, error)
                 continue
-            yield _Case(order, job, work, seconds, begin)
+            yield _Case(order, outputs, maps, seconds, begin)
 
     def _finish(self, case: _Case) -> Shown | None:
-        order, work = case.order, case.work
+        order, maps = case.order, case.maps
         try:
-            answer = self._updater.finish(work)
+            answer = self._updater.finish(maps)
             if not order.still_wanted():
                 logger.warning("%s: the hook did not wait for the answer; nothing written", order.star)
                 return None
-            record = case.job.write(self._updater, work, answer)
-            seconds = case.seconds | work.seconds
-            case.job.log(seconds | {"total": time.monotonic() - case.begin})
+            record = case.outputs.write(self._updater, maps, answer)
+            seconds = case.seconds | maps.seconds
+            case.outputs.log(seconds | {"total": time.monotonic() - case.begin})
             if order.still_wanted():  # a hook that gave up in this moment needs the arrays itself
-                case.job.tidy()
+                case.outputs.tidy()
         except Exception as error:
             self._fail(order, error)
             return None
         order.done()
-        name = Path(work.request.root).name
-        entry = Entry(name, *parts_of(name), work.resolution, work.lam, seconds, answer.change, str(record["device"]))
-        return entry, work, answer
+        name = _name(order)
+        entry = Entry(
+            name,
+            *parts_of(name),
+            maps.resolution,
+            maps.lam,
+            seconds,
+            answer.change,
+            str(record["device"]),
+        )
+        return entry, maps, answer
 
     def _fail(self, order: Order, error: Exception) -> None:
         expected = isinstance(error, (CryoredError, OSError, MemoryError))
         message = in_words(error) if expected else f"{type(error).__name__}: {error}"
         logger.debug("%s", message, exc_info=True)
         order.failed(message)
-        name = Path(order.star).with_suffix("").name.removesuffix(ENDING)
+        name = _name(order)
         self._show(Entry(name, *parts_of(name), None, 0.0, {}, 0.0, "", message), None, None)
 
     def _outside(self, request: Request) -> Path | None:
@@ -196,6 +204,11 @@ class Server:
             if not path.resolve().is_relative_to(self._folder):
                 return path
         return None
+
+
+def _name(order: Order) -> str:
+    """Return RELION's name for the map that is asked for, such as ``run_it003_half1_class001``."""
+    return Path(order.star).with_suffix("").name.removesuffix(ENDING)
 
 
 @dataclass
@@ -339,20 +352,22 @@ def watch_folder(
         titles = (f"cryored watch {folder}", f"model {facts['Model']}", f"lambda {rule}")
         table = stack.enter_context(Table(*titles, console=console))
 
-        def show(entry: Entry, work: Work | None, answer: Answer | None) -> None:
+        def show(entry: Entry, maps: Maps | None, answer: Answer | None) -> None:
             table.add(entry)
             if pages is None:
                 return
-            if work is None or answer is None:
+            if maps is None or answer is None:
                 pages.add(entry)
                 return
-            maps = {
-                "unregularised": updater.add_unregularised(work),
-                "denoised": work.denoised,
+            shown = {
+                "unregularised": updater.add_unregularised(maps),
+                "denoised": maps.denoised,
                 "result": answer.result,
             }
-            sections = {name: volume.data[len(volume.data) // 2] for name, volume in maps.items() if volume is not None}
-            pages.add(entry, work.request.frequency, work.request.fsc, sections)
+            sections = {
+                name: volume.data[len(volume.data) // 2] for name, volume in shown.items() if volume is not None
+            }
+            pages.add(entry, maps.request.frequency, maps.request.fsc, sections)
 
         server = Server(place, updater, angpix=angpix, unregularised=unregularised, clean=clean, show=show)
         inbox, looking = Inbox(place, presence.token), Poll(place) if poll else None
@@ -371,7 +386,7 @@ def watch_folder(
             if not orders:
                 stop.wait(_LOOK_EVERY)
                 continue
-            table.state(f"busy {Path(orders[0].star).name.removesuffix(f'{ENDING}.star')}")
+            table.state(f"busy {_name(orders[0])}")
             server.serve(orders, handed_over)
             if pages is not None and (stop.is_set() or not inbox.waiting()):
                 try:

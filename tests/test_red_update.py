@@ -199,17 +199,21 @@ def test_lambda_0_with_a_denoised_map_is_the_map(project):
     assert difference(read_volume(job.result).data, job.expected("map")) <= FLOAT32
 
 
-def test_the_prior_fades_at_the_models_nyquist_frequency(project, tmp_path):
-    """Where the map is finer than the model, what the denoised map holds beyond has no say."""
-    job = project(name="run_it012_class001")  # data up to 3 A
+def write_wave(job):
+    """Write the MAP map, map.mrc, and with a packet of waves of 4 A along x, wave.mrc."""
     assert job.run("--lambda", 0, "-o", "map.mrc").exit_code == 0
     regularised = read_volume("map.mrc")
-    # A packet of waves of 4 A along x, far beyond the 6 A that voxels of 3 A hold.
     z, y, x = np.indices((64,) * 3) - 32
     wave = np.cos(2 * np.pi * 1.5 * x / 4) * np.exp(-(z**2 + y**2 + x**2) / (2 * 7**2)) * regularised.data.max()
     write_volume("wave.mrc", regularised.with_data((regularised.data + wave).astype(np.float32)), label="test")
+
+
+def test_the_prior_fades_at_the_models_nyquist_frequency(project, tmp_path):
+    """Where the map is finer than the model, what the denoised map holds beyond has no say."""
+    job = project(name="run_it012_class001")  # data up to 3 A
+    write_wave(job)
     change = {}
-    for pixel_size in (1.5, 3.0):
+    for pixel_size in (1.5, 3.0):  # voxels of 3 A hold nothing beyond 6 A
         write_card(tmp_path / "model", pixel_size=pixel_size)
         maps = []
         for name in ("wave", "map"):
@@ -224,11 +228,7 @@ def test_the_prior_fades_at_the_models_nyquist_frequency(project, tmp_path):
 def test_beyond_its_limit_the_prior_has_no_say(project):
     """A packet of waves of 4 A in the denoised map is in the result for a limit of 3.2 A, and is not for one of 6 A."""
     job = project(name="run_it012_class001")  # data up to 3 A
-    assert job.run("--lambda", 0, "-o", "map.mrc").exit_code == 0
-    regularised = read_volume("map.mrc")
-    z, y, x = np.indices((64,) * 3) - 32
-    wave = np.cos(2 * np.pi * 1.5 * x / 4) * np.exp(-(z**2 + y**2 + x**2) / (2 * 7**2)) * regularised.data.max()
-    write_volume("wave.mrc", regularised.with_data((regularised.data + wave).astype(np.float32)), label="test")
+    write_wave(job)
     change = {}
     for limit in ("3.2", "6"):
         maps = []
@@ -262,10 +262,10 @@ def test_an_updater_takes_requests_together(project):
             return [volume.with_data(volume.data / 2) for volume in volumes]
 
     updater = Updater(Settings(lam=1.0), Halving())
-    works = [updater.begin(one, sums) for one in (request, other)]
-    updater.denoise(works)
+    begun = [updater.begin(one, sums) for one in (request, other)]
+    updater.denoise(begun)
     assert Halving.calls == [2]
-    together = [updater.finish(work) for work in works]
+    together = [updater.finish(one) for one in begun]
     for one, answer in zip((request, other), together, strict=True):
         np.testing.assert_array_equal(answer.result.data, updater.answer(one, sums).result.data)
         assert 0 < answer.change < 0.5

@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
+from cryored.cli.red_update import red_update
+from cryored.cli.watch import _hook_options, watch
 from cryored.denoise import Denoiser
 from cryored.models import find_model
 from cryored.mrc import read_volume
@@ -283,3 +285,21 @@ def test_a_request_that_was_polled_is_answered(project):
     server().serve(poll.orders())
     for path in Path("run").glob("*_external_reconstruct.star"):
         assert path.with_suffix(".mrc").exists()
+
+
+# What the hook goes on with
+
+
+def test_the_hook_gets_all_that_decides_the_answer(tmp_path, monkeypatch):
+    """The words of the presence file make red-update answer as the watcher does, from whatever folder it is called."""
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", "./prior", "--lambda", "auto", "--schedule", "mine.json", "--angpix", "1.2", "--extrapolate"]
+    given += ["--prior-limit", "6", "--clean", "--unregularised", "{root}_raw.mrc", "--cpu", "--threads", "3"]
+    shared = {option.name for option in red_update.params} & {option.name for option in watch.params} - {"overwrite"}
+    for words in ([], given):
+        ours = watch.make_context("watch", ["run", *words])
+        theirs = red_update.make_context("red-update", [*_hook_options(ours), "x.star"])
+        expected = {name: ours.params[name] for name in shared if name in ours.params}
+        if words:
+            expected |= {"model": str(tmp_path / "prior"), "schedule": str(tmp_path / "mine.json")}
+        assert {name: theirs.params[name] for name in expected} == expected

@@ -27,12 +27,12 @@ PRESENCE = Path("run/cryored_watch.txt")
 SLOW = """
 import sys, time
 from cryored import red_update
-write = red_update.Job.write
+write = red_update.Outputs.write
 def slow(*arguments):
     print("writing", flush=True)
     time.sleep(3)
     return write(*arguments)
-red_update.Job.write = slow
+red_update.Outputs.write = slow
 from cryored.cli import main
 main()
 """
