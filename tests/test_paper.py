@@ -253,8 +253,12 @@ def test_an_interrupt_ends_what_runs_and_begins_no_other(experiment, monkeypatch
         raise RefinementError("stopped")
 
     monkeypatch.setattr(work, "refine", refine)
-    with pytest.raises(KeyboardInterrupt):
-        work.do_all(experiment, [A, B], ["map", "cwred"], 1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what runs in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work.do_all(experiment, [A, B], ["map", "cwred"], 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert begun == ["map"]
     assert experiment.state(A, "map") == "missing"
 
