@@ -494,7 +494,8 @@ def test_the_command_refuses_before_it_begins(run, refined, monkeypatch):
     monkeypatch.setenv("CRYORED_MODEL_PATH", "")
     monkeypatch.setitem(RUNS, "red", plan.Run(model="none-such"))
     done = run("--cells", "4m82:i", "--runs", "map,red")
-    assert "no model named 'none-such'" in str(done.exception)
+    assert done.exit_code == 1
+    assert "error: no model named 'none-such'" in done.stderr
     assert refined == []
     assert run("--check", "4m82", "--table", "t").exit_code == 2
     assert run("--check", "4m82:i").exit_code == 2

@@ -12,7 +12,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cryored.cli import options
+from cryored.cli import Program, options, run_program
 from cryored.errors import CryoredError
 from cryored.output import write_text
 from cryored.simulate.refinement import check_relion
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 logger = logging.getLogger("cryored.paper")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--folder", type=click.Path(path_type=Path), required=True, help="Holds all data sets and runs; outside git."
 )
@@ -124,21 +124,11 @@ def paper(
 
 
 def main() -> None:
-    """Run the command and exit: 0 done, 1 something failed, 2 usage, 130 interrupted."""
+    """Run the command and exit."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup's choice stays
             signal.signal(number, signal.default_int_handler)  # ends the refinements, as Control-C does
-    try:
-        paper.main(prog_name="python benchmarks/paper", standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted; run it again to go on", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (CryoredError, OSError) as error:
-        click.echo(f"benchmarks/paper: error: {error}", err=True)
-        sys.exit(1)
+    run_program(paper, "benchmarks/paper", if_interrupted="interrupted; run it again to go on")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -28,11 +28,35 @@ class _Failure(click.ClickException):
 
     exit_code = 1
 
+    def __init__(self, program: str, message: str) -> None:
+        super().__init__(message)
+        self._program = program
+
     def show(self, file: Any = None) -> None:
-        click.echo(f"cryored: error: {self.message}", err=True)
+        click.echo(f"{self._program}: error: {self.message}", err=True)
 
 
-class _LazyGroup(click.Group):
+class Program(click.Command):
+    """A command that tells of its errors in one line; see `run_program`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, and turn what the input or the machine is at fault for into a message; -vv lets it through."""
+        from cryored.cli.options import verbosity
+        from cryored.errors import CryoredError, in_words
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # `cryored ... | head -1`: the reader has what it wants. Keep the interpreter from flushing again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(141)
+        except (CryoredError, OSError, MemoryError) as error:
+            if verbosity(ctx) >= 2:
+                raise
+            raise _Failure(str(ctx.find_root().info_name), in_words(error)) from error
+
+
+class _LazyGroup(Program, click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -47,23 +71,9 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def invoke(self, ctx: click.Context) -> Any:
-        from cryored.cli.options import verbosity
-        from cryored.errors import CryoredError, in_words
-
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # `cryored ... | head -1`: the reader has what it wants. Keep the interpreter from flushing again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(141)
-        except (CryoredError, OSError, MemoryError) as error:
-            if verbosity(ctx) >= 2:
-                raise
-            raise _Failure(in_words(error)) from error
-
 
 @click.group(
+    "cryored",
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CRYORED"},
     epilog="Every option can be set through the environment: CRYORED_RED_UPDATE_MODEL for --model of red-update. "
@@ -79,14 +89,18 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 input or machine at fault, 2 usage, 130 interrupted."""
+    """Run the command line and exit."""
+    run_program(cli, "cryored")
+
+
+def run_program(command: click.Command, name: str, *, if_interrupted: str = "interrupted") -> NoReturn:
+    """Run a command and exit: 0 done, 1 input or machine at fault, 2 usage, 130 interrupted."""
     try:
-        status = cli.main(prog_name="cryored", standalone_mode=False)
+        status = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("cryored: interrupted", err=True)
+        click.echo(f"{name}: {if_interrupted}", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    else:
-        sys.exit(status if isinstance(status, int) else 0)
+    sys.exit(status if isinstance(status, int) else 0)

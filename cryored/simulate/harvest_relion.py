@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -22,7 +21,7 @@ from types import FrameType
 import click
 
 from cryored import __version__
-from cryored.cli import options
+from cryored.cli import Program, options, run_program
 from cryored.errors import CryoredError, InputError
 
 logger = logging.getLogger("cryored.simulate.harvest_relion")  # run as a program, the module has another name
@@ -358,6 +357,8 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 
 
 @click.command(
+    "harvest-relion",
+    cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CRYORED_HARVEST_RELION"},
     epilog="\b\nExample:\n  harvest-relion structures/*.pdb.gz -o harvest --jobs 4 --float16",
 )
@@ -469,18 +470,8 @@ def harvest_relion(
 
 
 def main() -> None:
-    """Run the program and exit: 0 done, 1 nothing could be done, 2 usage, 130 interrupted."""
-    try:
-        harvest_relion.main(prog_name="harvest-relion", standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("harvest-relion: interrupted; run it again to go on", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (CryoredError, OSError) as error:
-        click.echo(f"harvest-relion: error: {error}", err=True)
-        sys.exit(1)
+    """Run the program and exit."""
+    run_program(harvest_relion, "harvest-relion", if_interrupted="interrupted; run it again to go on")
 
 
 if __name__ == "__main__":
