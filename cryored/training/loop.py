@@ -376,9 +376,8 @@ def run(
         for index, batch in batches:
             loss = train_step(network, recipe, index, batch)
             if not math.isfinite(loss):
-                raise ModelError(
-                    f"the loss is {loss} at step {index + 1}; lower --learning-rate, or look for a pair out of scale"
-                )
+                instead = "leave out --mixed-precision" if recipe.mixed_precision else "look for a pair out of scale"
+                raise ModelError(f"the loss is {loss} at step {index + 1}; lower --learning-rate, or {instead}")
             state.step = index + 1
             state.losses = [*state.losses[1 - _SMOOTHED :], loss]
             ratio = None
