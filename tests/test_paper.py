@@ -44,7 +44,7 @@ def experiment(tmp_path):
     structures.mkdir()
     for name in ("4m82", "7NF3"):  # the paper's own, and a stand-in
         shutil.copyfile(STRUCTURE, structures / f"{name}.cif.gz")
-    return Experiment(tmp_path / "runs", TINY, structures, seed=3)
+    return Experiment(tmp_path / "runs", tmp_path / "kept", TINY, structures, seed=3)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_cells_and_runs_are_parsed():
     for wrong in ("4ail:v", "", "4bb9:noise", "4ail:i,"):
         with pytest.raises(InputError, match="is no cell, expected one as 4ail:i"):
             parse_cells(wrong)
-    with pytest.raises(InputError, match="'cwrde' is no run, expected some of map, true-angles, cwred"):
+    with pytest.raises(InputError, match="'cwrde' is no run, expected some of map, true-angles, pass-cwred"):
         parse_runs("map,cwrde")
 
 
@@ -180,7 +180,7 @@ def test_measures_a_run(experiment, refined):
     assert found["iterations"] == 3
     assert found["lambda"] == [0.25, 0.5]
     # Rotation vectors of three normal components, 2 / sqrt(3) each: the median of their length is 1.538 of that.
-    assert found["median_angular_error"] == pytest.approx(1.538 * 2 / math.sqrt(3), rel=0.25)
+    assert measure.median_angular_error(found) == pytest.approx(1.538 * 2 / math.sqrt(3), rel=0.25)
     assert measure.relion_resolution(found) == pytest.approx(96 / 8)
     assert len(found["truth_fsc"]) == 13
     assert found["truth_fsc"][2] > found["half_map_fsc_masked"][2] > 0.5
@@ -221,7 +221,7 @@ def test_what_is_done_is_kept(experiment, refined):
     assert work.do_all(experiment, [A, B], ["map", "cwred"], 1) == {}
     assert len(refined) == 4
     assert experiment.record(B, "map")["structure"] == "7NF3"
-    (experiment.place(A) / "cwred" / "done.json").unlink()
+    experiment.path(A, "cwred").unlink()
     work.do_all(experiment, [A, B], ["map", "cwred"], 1)
     assert refined[4:] == [("4m82_i", "cwred", refined[4][2])]
 
@@ -276,6 +276,31 @@ def test_another_model_makes_a_run_outdated(experiment, refined, monkeypatch, tm
     card.write_text(json.dumps(content | {"schedule": {"resolution": [4.0, 11.5], "lambda": [1.0, 0.0]}}))
     assert experiment.state(A, "cwred") == "outdated"
     assert experiment.state(A, "map") == "done"
+
+
+def test_records_suffice_to_go_on_elsewhere(done, refined, tmp_path):
+    """Nothing that is done is done again, and tables and figures need no maps."""
+    from paper.figures import draw_figures
+
+    before = draw_figures(records(done), tmp_path / "before")
+    shutil.rmtree(done.folder)
+    refined.clear()
+    assert work.do_all(done, [B, A], ["map", "cwred", "swapped"], 1) == {}
+    assert refined == []
+    after = draw_figures(records(done), tmp_path / "after")
+    assert [path.read_bytes() for path in after] == [path.read_bytes() for path in before]
+    # What needs the maps of a run says so.
+    with pytest.raises(InputError, match="do the run map first, anew"):
+        work.do_run(done, A, "pass-cwred")
+    with pytest.raises(InputError, match="4btf_i/map/run_class001.mrc: not there.*do that run first, anew"):
+        work.do_run(done, A, "swapped")
+
+
+def test_pictures_keep_what_is_shown():
+    values = np.random.default_rng(0).normal(size=(6, 6, 6)).astype(np.float32)
+    grey = measure.picture_of(measure.picture(values, values)) / 255
+    np.testing.assert_allclose(grey, np.clip(values[3] / np.percentile(values, 99.8), 0, 1), atol=0.5 / 255 + 1e-6)
+    assert not measure.picture_of(measure.picture(0 * values, 0 * values)).any()
 
 
 def test_a_data_set_of_other_settings_is_refused(experiment, refined):
@@ -350,7 +375,7 @@ def done(experiment, refined, monkeypatch):
 
     monkeypatch.setattr(work, "harvest_files", harvest)
     monkeypatch.setattr(work, "Denoiser", Copying)
-    assert work.do_all(experiment, [A, B, NOISE], ["map", "cwred", "pass-cwred"], 1) == {}
+    assert work.do_all(experiment, [B, A, NOISE], ["map", "cwred", "pass-cwred", "swapped"], 1) == {}
     return experiment
 
 
@@ -362,7 +387,9 @@ def test_a_single_pass_is_judged(done):
     found = done.record(A, "pass-cwred")
     assert [item["resolution"] for item in found["judgements"]] == [12.0, 8.0]
     assert found["judgements"][0]["error_to_wiener"] == pytest.approx(1, abs=1e-6)  # nothing was changed
-    assert found["example"].startswith("it1")  # the one that is nearer to 7 A
+    example = found["example"]
+    assert example["name"].startswith("it1")  # the one that is nearer to 7 A
+    assert example["truth_fsc"]["denoised"] == pytest.approx(example["truth_fsc"]["FSC-weighted"], abs=1e-6)
 
 
 def test_the_table_tells_how_it_was_made(done, tmp_path):
@@ -396,19 +423,19 @@ def test_without_map_there_is_no_mean(done):
 
 def test_the_report_says_how_often_and_where(done):
     found = dict(records(done))
-    text = results.report(done, found, "python benchmarks/paper --report")
+    text = results.report(found, "python benchmarks/paper --report")
     assert "| 4m82:i | cwred |" in text
     assert "**cwred against map**, 2 cells: mean FSC to the truth at or above in 2, above in 2" in text
     assert "**4m82:noise**: half-map FSC of cwred above 0.143 where MAP's is not:" in text
     # The stand-ins are one and the same molecule: the test must see that.
     assert "**Swapped prior**, A = 4btf, B = 4m82: mean FSC" in text
-    curves = results.swapped_curves(done, found)
-    assert min(curve[1:4].min() for curve in curves.values()) > 0.5
+    curves = found[A, "swapped"]["curves"]
+    assert min(min(curve[1:4]) for curve in curves.values()) > 0.5
     assert "inflation over 1.05 times MAP's in 0." in text
     # Half-maps that agree much further than the truth allows.
     found[A, "cwred"] = found[A, "cwred"] | {"half_map_fsc_masked": [1.0] * 13, "truth_fsc": [1.0] * 5 + [0.0] * 8}
-    assert re.search(r"MAP's in 1 \(4m82:i [2-9]\.\d\d\)", results.report(done, found, "c"))
-    assert "Nothing is finished yet" in results.report(done, {}, "c")
+    assert re.search(r"MAP's in 1 \(4m82:i [2-9]\.\d\d\)", results.report(found, "c"))
+    assert "Nothing is finished yet" in results.report({}, "c")
 
 
 @pytest.mark.parametrize(
@@ -437,7 +464,7 @@ def test_check_does_a_cell_again(done, refined, tmp_path):
     assert results.check(done, A, path, list(RUNS), said.append)
     assert names_of(refined) == ["map", "cwred"]
     assert said[-2:] == ["4m82:i map: agrees", "4m82:i cwred: agrees"]
-    value = done.record(A, "cwred")["median_angular_error"]
+    value = measure.median_angular_error(done.record(A, "cwred"))
     path.write_text(text.replace(f"{value:.3f}", f"{value * 1.5:.3f}"))
     assert not results.check(done, A, path, ["cwred"], said.append)
     assert "angular_error_deg" in said[-1]
@@ -451,11 +478,11 @@ def test_check_does_a_cell_again(done, refined, tmp_path):
 def test_figures_are_drawn_of_what_there_is(done, tmp_path):
     from paper.figures import draw_figures
 
-    drawn = draw_figures(done, records(done), tmp_path / "figures")
+    drawn = draw_figures(records(done), tmp_path / "figures")
     assert [path.stem for path in drawn] == ["fig1_single_pass", "fig4_fsc", "fig5_angles", "fig6_slices", "invented"]
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert draw_figures(done, {}, tmp_path / "none") == []
+    assert draw_figures({}, tmp_path / "none") == []
 
 
 # The command
@@ -499,14 +526,19 @@ def test_the_command_refuses_before_it_begins(run, refined, monkeypatch):
     assert refined == []
     assert run("--check", "4m82", "--table", "t").exit_code == 2
     assert run("--check", "4m82:i").exit_code == 2
+    command = importlib.import_module("paper.__main__")
+    for arguments, complaint in ((["--results", "r"], "name a --folder"), (["--report"], "or --results of some")):
+        done = CliRunner().invoke(command.paper, arguments)
+        assert done.exit_code == 2
+        assert complaint in done.stderr
 
 
 def test_it_starts_as_the_documentation_says(experiment):
-    command = [sys.executable, "benchmarks/paper", "--folder", str(experiment.folder), "--status"]
+    command = [sys.executable, "benchmarks/paper", "--results", str(experiment.results), "--status"]
     command += ["--structures", str(experiment.structures), "--cells"]
     done = subprocess.run([*command, "4m82:i"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("4m82:i\tmap missing, true-angles missing, cwred missing")
+    assert done.stdout.startswith("4m82:i\tmap missing, true-angles missing, pass-cwred missing")
     done = subprocess.run([*command, "x"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("benchmarks/paper: error: 'x' is no cell")
@@ -528,7 +560,7 @@ def test_with_relion(experiment):
     assert prior["lambda"][1] > 0
     for record in (plain, prior):
         assert measure.truth_resolution(record) < 20  # far better than the reference, at 30 A
-        assert record["median_angular_error"] < 5  # the start angles are off by 4.6 in the median
+        assert measure.median_angular_error(record) < 5  # the start angles are off by 4.6 in the median
     assert measure.mean_truth_fsc(bound, plain) > measure.mean_truth_fsc(plain, plain)
     logs = list((experiment.place(A) / "cwred").glob("run_it*_cryored.log"))
     assert {json.loads(log.read_text())["by"] for log in logs} == {"watch"}

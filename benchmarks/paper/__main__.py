@@ -27,7 +27,12 @@ logger = logging.getLogger("cryored.paper")
 
 @click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--folder", type=click.Path(path_type=Path), required=True, help="Holds all data sets and runs; outside git."
+    "--folder", type=click.Path(path_type=Path), help="Holds data sets and runs: gigabytes. Needed to do any."
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Holds what is kept of finished runs: kilobytes.  [default: FOLDER/results]",
 )
 @click.option("--scale", type=click.Choice(list(SCALES)), default="small", show_default=True)
 @click.option("--cells", default=",".join(dict.fromkeys(cell.structure for cell in CELLS)), show_default=True)
@@ -55,7 +60,8 @@ logger = logging.getLogger("cryored.paper")
 @click.option("--check", "checked", metavar="CELL", help="Do one cell again and compare it with what --table holds.")
 @options.common
 def paper(
-    folder: Path,
+    folder: Path | None,
+    results: Path | None,
     scale: str,
     cells: str,
     runs: str,
@@ -74,11 +80,15 @@ def paper(
 
     What is done stays done; an interrupted run is begun anew.
     """
-    experiment = Experiment(
-        folder.resolve(), SCALES[scale], structures.resolve(), seed, hook, tuple(shlex.split(relion))
-    )
+    does_runs = checked is not None or not (status or table or figures or show_report)
+    if folder is None and (does_runs or results is None):
+        raise click.UsageError("name a --folder for data sets and runs" + " or --results of some" * (not does_runs))
+    place = (folder or results or Path()).resolve()
+    kept = results.resolve() if results else place / "results"
+    experiment = Experiment(place, kept, SCALES[scale], structures.resolve(), seed, hook, tuple(shlex.split(relion)))
     chosen, names = parse_cells(cells), parse_runs(runs)
-    words = ["DIR" if Path(word) == folder else word for word in sys.argv[1:]]  # where it lies is nobody's business
+    # Where the folder lies is nobody's business.
+    words = ["DIR" if folder is not None and Path(word) == folder else word for word in sys.argv[1:]]
     command = shlex.join(["python", "benchmarks/paper", *words])
     if checked is not None:
         cell, *more = parse_cells(checked)
@@ -95,7 +105,7 @@ def paper(
             states = [f"{name} {experiment.state(cell, name)}" for name in names if RUNS[name].belongs_to(cell)]
             click.echo(f"{cell}\t" + ", ".join(states))
         return
-    if table is None and figures is None and not show_report:
+    if does_runs:
         check_relion()
         for name in names:
             experiment.method(RUNS[name])  # a model that is missing shows now, not in hours
@@ -112,15 +122,15 @@ def paper(
     if table is not None:
         rows = table_rows(records)
         if not rows:
-            raise CryoredError(f"{experiment.folder}: nothing is finished yet, expected runs; do some first")
+            raise CryoredError(f"{kept}: nothing is finished yet, expected runs; do some first")
         write_text(table, format_table(rows, command))
     if figures is not None:
         from paper.figures import draw_figures
 
-        for path in draw_figures(experiment, records, figures):
+        for path in draw_figures(records, figures):
             logger.info("%s", path)
     if show_report:
-        click.echo(report(experiment, records, command), nl=False)
+        click.echo(report(records, command), nl=False)
 
 
 def main() -> None:

@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cryored.fsc import shell_correlation
-from cryored.mrc import read_volume
 from cryored.plotting import new_figure, save_figure
-from cryored.training.evaluation import load_pair, weigh
-from cryored.volume import Floats
-from paper.measure import Record, angular_errors, frequency
-from paper.plan import LEVELS, NOISES, RUNS, STRUCTURES, Cell
-from paper.results import Records, swapped_curves
-from paper.work import Experiment, example_of, intermediates
+from paper.measure import Record, frequency, picture_of
+from paper.plan import LEVELS, NOISES, RUNS, STRUCTURES, SWAPPED, Cell
+from paper.results import Records
 
 COLOURS = {
     "map": "0.25",
@@ -29,18 +24,18 @@ COLOURS = {
 PASSES = tuple(name for name, run in RUNS.items() if run.kind == "single-pass")
 
 
-def draw_figures(experiment: Experiment, records: Records, folder: Path) -> list[Path]:
+def draw_figures(records: Records, folder: Path) -> list[Path]:
     """Draw all figures for which runs are finished, as PNG; return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, figure in {
-        "fig1_single_pass": _single_pass(experiment, records),
+        "fig1_single_pass": _single_pass(records),
         "fig2_gaussian": _curves(records, ("map", "cwred-gaussian"), levels=("ii",)),
-        "fig3_gaussian_slices": _slices(experiment, records, ("map", "cwred-gaussian"), levels=("ii",)),
+        "fig3_gaussian_slices": _slices(records, ("map", "cwred-gaussian"), levels=("ii",)),
         "fig4_fsc": _curves(records, ("map", "red", "cwred-paper", "cwred")),
-        "fig5_angles": _angles(experiment, records, ("map", "red", "cwred-paper", "cwred")),
-        "fig6_slices": _slices(experiment, records, ("map", "red", "cwred-paper", "cwred")),
-        "invented": _invented(experiment, records),
+        "fig5_angles": _angles(records, ("map", "red", "cwred-paper", "cwred")),
+        "fig6_slices": _slices(records, ("map", "red", "cwred-paper", "cwred")),
+        "invented": _invented(records),
     }.items():
         if figure is not None:
             drawn.append(folder / f"{name}.png")
@@ -52,31 +47,30 @@ def _colour(name: str) -> str:
     return COLOURS[name.removeprefix("pass-")]
 
 
-def _single_pass(experiment: Experiment, records: Records) -> Any:
+def _single_pass(records: Records) -> Any:
     """Draw slices and FSC of one intermediate, and error ratios of all against resolution."""
     passes = {key: record for key, record in records.items() if key[1] in PASSES and record["judgements"]}
     if not passes:
         return None
     cell = next(iter(passes))[0]
-    row = example_of(intermediates(experiment.data(cell)))
-    pair, voxel_size = load_pair(row)
-    truth, wiener = pair.truth, weigh(pair.noisy, pair.fsc)
-    maps = {"truth": truth, "unregularised": pair.noisy, "FSC-weighted": wiener}
-    colours = {"unregularised": "0.7", "FSC-weighted": "0.25"}
-    for name in PASSES:
-        if (cell, name) in passes:
-            model = name.removeprefix("pass-")
-            maps[model] = np.asarray(read_volume(experiment.place(cell) / name / "denoised.mrc").data, dtype=np.float32)
-            colours[model] = _colour(name)
-    figure = new_figure(1.7 * len(maps), 5.4)
+    examples = {name: passes[cell, name]["example"] for name in PASSES if (cell, name) in passes}
+    pictures: dict[str, str] = {}
+    curves: dict[str, tuple[list[float], str]] = {}
+    for name, example in examples.items():
+        model = name.removeprefix("pass-")
+        # The truth and what the models are shown are the same for all.
+        pictures |= {(model if key == "denoised" else key): text for key, text in example["pictures"].items()}
+        for key, colour in {"unregularised": "0.7", "FSC-weighted": "0.25", "denoised": _colour(name)}.items():
+            curves[model if key == "denoised" else key] = (example["truth_fsc"][key], colour)
+    figure = new_figure(1.7 * len(pictures), 5.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.5])
-    for axis, (name, values) in zip(top.subplots(1, len(maps)), maps.items(), strict=True):
-        _show(axis, values, truth)
+    for axis, (name, text) in zip(top.subplots(1, len(pictures)), pictures.items(), strict=True):
+        _show(axis, text)
         axis.set_title(name, fontsize=8)
     left, middle, right = bottom.subplots(1, 3)
-    shells = np.arange(len(pair.fsc)) / (len(truth) * voxel_size)
-    for name, colour in colours.items():
-        left.plot(shells[1:], shell_correlation(maps[name], truth)[1:], color=colour, label=name)
+    shells = frequency(next(iter(passes.values())))
+    for name, (curve, colour) in curves.items():
+        left.plot(shells[1:], curve[1:], color=colour, label=name)
     left.set(xlabel="spatial frequency (1/Å)", ylabel=f"FSC to the truth, {cell}", ylim=(-0.05, 1.02))
     left.legend(frameon=False, fontsize=6)
     for axis, quantity, label in (
@@ -153,7 +147,7 @@ def _label(figure: Any, axes: Mapping[Cell, Any], x: str, y: str) -> None:
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
 
 
-def _angles(experiment: Experiment, records: Records, names: Sequence[str]) -> Any:
+def _angles(records: Records, names: Sequence[str]) -> Any:
     """Draw what share of particles has an angular error below each value."""
     grid = _grid(records, names, LEVELS)
     if grid is None:
@@ -162,7 +156,7 @@ def _angles(experiment: Experiment, records: Records, names: Sequence[str]) -> A
     for cell, axis in axes.items():
         for name in names:
             if (cell, name) in records:
-                errors = np.sort(angular_errors(experiment.data(cell), name))
+                errors = np.sort(records[cell, name]["angular_errors"])
                 share = np.arange(1, len(errors) + 1) / len(errors)
                 axis.plot(errors, share, color=_colour(name), linewidth=1, label=name)
         axis.set(xscale="log", xlim=(0.1, 180), ylim=(0, 1))
@@ -170,7 +164,7 @@ def _angles(experiment: Experiment, records: Records, names: Sequence[str]) -> A
     return figure
 
 
-def _slices(experiment: Experiment, records: Records, names: Sequence[str], levels: Sequence[str] = LEVELS) -> Any:
+def _slices(records: Records, names: Sequence[str], levels: Sequence[str] = LEVELS) -> Any:
     """Draw central slices of the final maps, a row for each cell."""
     shown = [name for name in names if any(run == name and cell.level in levels for cell, run in records)]
     cells = [cell for cell in dict.fromkeys(cell for cell, _ in records) if cell.level in levels]
@@ -180,13 +174,12 @@ def _slices(experiment: Experiment, records: Records, names: Sequence[str], leve
     figure = new_figure(0.3 + 1.1 * (len(shown) + 1), 0.3 + 1.1 * len(cells))
     axes = figure.subplots(len(cells), len(shown) + 1, squeeze=False)
     for cell, axes_of_row in zip(cells, axes, strict=True):
-        truth = read_volume(experiment.data(cell).truth).data
-        _show(axes_of_row[0], truth, truth)
+        pictured = next(records[cell, name]["pictures"] for name in names if (cell, name) in records)
+        _show(axes_of_row[0], pictured["truth"])
         axes_of_row[0].set_ylabel(str(cell), fontsize=7)
         for name, axis in zip(shown, axes_of_row[1:], strict=True):
             if (cell, name) in records:
-                values = read_volume(experiment.place(cell) / name / "run_class001.mrc").data
-                _show(axis, values, values)
+                _show(axis, records[cell, name]["pictures"]["map"])
             else:
                 axis.set_axis_off()
     for name, axis in zip(("truth", *shown), axes[0], strict=True):
@@ -194,16 +187,15 @@ def _slices(experiment: Experiment, records: Records, names: Sequence[str], leve
     return figure
 
 
-def _show(axis: Any, values: Floats, scale: Floats) -> None:
-    """Show a map's central slice, from the solvent's grey to the strongest of `scale`."""
-    axis.imshow(values[len(values) // 2], cmap="gray", vmin=0, vmax=float(np.percentile(scale, 99.8)))
+def _show(axis: Any, text: str) -> None:
+    axis.imshow(picture_of(text), cmap="gray", vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])
 
 
-def _invented(experiment: Experiment, records: Records) -> Any:
+def _invented(records: Records) -> Any:
     """Draw the tests for invented detail: refined noise, and the swapped prior."""
     noises = [cell for cell in NOISES if (cell, "map") in records]
-    swapped = swapped_curves(experiment, records)
+    swapped = records.get((SWAPPED[1], "swapped"))
     panels = len(noises) + (swapped is not None)
     if not panels:
         return None
@@ -218,8 +210,8 @@ def _invented(experiment: Experiment, records: Records) -> Any:
         axis.axhline(0.143, color="0.6", linewidth=0.6, linestyle="--")
         axis.set(title=str(cell), ylabel="FSC; dotted: half-maps, solid: to the protein")
     if swapped is not None:
-        shells = frequency(next(iter(records.values())))[1:]
-        for (name, curve), colour in zip(swapped.items(), ("0.25", "tab:cyan", "tab:blue"), strict=True):
+        shells = frequency(swapped)[1:]
+        for (name, curve), colour in zip(swapped["curves"].items(), ("0.25", "tab:cyan", "tab:blue"), strict=True):
             axes[-1].plot(shells, curve[1:], color=colour, linewidth=1, label=name)
         axes[-1].set(title="swapped prior", ylabel="FSC")
     for axis in axes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cryored.fsc import Curve, crossing_resolution, nominal_resolution, shell_correlation
 from cryored.mask import soft_mask
@@ -15,6 +18,7 @@ from cryored.mrc import read_volume
 from cryored.orientation import angular_error_file
 from cryored.simulate.refinement import Data, half_maps
 from cryored.star import read_star
+from cryored.volume import Floats
 
 Record = dict[str, Any]
 
@@ -31,13 +35,15 @@ def measure(data: Data, name: str) -> Record:
         "half_map_fsc_masked": shell_correlation(first * mask, second * mask),
         "truth_fsc": shell_correlation((first + second) / 2 * mask, truth.data * mask),
     }
-    return {key: [round(float(value), 6) for value in curve] for key, curve in curves.items()}
+    return {key: rounded(curve) for key, curve in curves.items()}
 
 
 def measure_refinement(data: Data, name: str) -> Record:
-    """Return what a refinement has besides: RELION's own curve, angular errors, the weights that were used."""
+    """Return what a refinement has besides: RELION's own curve, angular errors, the lambdas used, pictures."""
     run = data.folder / name
-    errors = angular_errors(data, name)
+    # The reference lies as the truth does, so that a turn of the whole map is an error, too.
+    errors = angular_error_file(run / "run_data.star", data.folder / "particles_truth.star")
+    truth, final = (read_volume(path).data for path in (data.truth, run / "run_class001.mrc"))
     lambdas = [
         json.loads(line)["lambda"]
         for log in run.glob("run_it*_cryored.log")
@@ -45,17 +51,33 @@ def measure_refinement(data: Data, name: str) -> Record:
     ]
     return {
         "gold_standard_fsc": read_star(run / "run_model.star").numbers("model_class_1", "rlnGoldStandardFsc").tolist(),
-        "median_angular_error": round(float(np.median(errors)), 4),
+        "angular_errors": rounded(errors, 3),
         "lambda": [min(lambdas), max(lambdas)] if lambdas else None,
+        "pictures": {"truth": picture(truth, truth), "map": picture(final, final)},
     }
 
 
-def angular_errors(data: Data, name: str) -> Curve:
-    """Return the angular error of each particle of a finished refinement in degrees.
+def rounded(curve: Curve, digits: int = 6) -> list[float]:
+    """Return a curve as JSON takes it."""
+    return [round(float(value), digits) for value in curve]
 
-    The reference lies as the truth does, so that a turn of the whole map is an error, too.
-    """
-    return angular_error_file(data.folder / name / "run_data.star", data.folder / "particles_truth.star")
+
+def picture(values: Floats, scale: Floats) -> str:
+    """Return a map's central slice as text: 256 greys, from the solvent's to the strongest of `scale`."""
+    white = float(np.percentile(scale, 99.8)) or 1.0
+    grey = np.clip(values[len(values) // 2] / white, 0, 1) * 255
+    return base64.b64encode(zlib.compress(np.rint(grey).astype(np.uint8).tobytes(), 9)).decode()
+
+
+def picture_of(text: str) -> npt.NDArray[np.uint8]:
+    """Return the slice that `picture` made a text of."""
+    values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+    return values.reshape(math.isqrt(len(values)), -1)
+
+
+def median_angular_error(record: Record) -> float:
+    """Return the median of the particles' angular errors in degrees, nan where no angles were refined."""
+    return float(np.median(record["angular_errors"])) if "angular_errors" in record else math.nan
 
 
 def frequency(record: Record) -> Curve:

@@ -11,7 +11,6 @@ from cryored.simulate.refinement import GLOBAL_SEARCH, LOCAL_SEARCH
 STRUCTURES = {"4ail": "4F3T", "4bb9": "2XZP", "4btf": "7NF3", "4m82": "7MJZ"}
 LEVELS = ("i", "ii", "iii", "iv")  # signal-to-noise ratios, from best to worst
 NOISE = "noise"  # particles without signal
-SWAPPED = ("4btf", "4m82", "i")  # two proteins of about one size, for what the network leaves on every map
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class Run:
 
     Parameters
     ----------
-    kind : {"refine", "true-angles", "single-pass"}
-        A refinement; a reconstruction with the true angles; a model on the intermediates of the run ``map``.
+    kind : {"refine", "true-angles", "single-pass", "swapped"}
+        A refinement; a reconstruction with the true angles; a model on the intermediates of the run ``map``; maps of
+        the two proteins of `SWAPPED`.
     model : str, optional
         Without one RELION's own program reconstructs.
     options : tuple of str
@@ -97,12 +97,16 @@ class Run:
 
 SIGNAL = tuple(Cell(structure, level) for structure in STRUCTURES for level in LEVELS)
 NOISES = (Cell("4ail", NOISE), Cell("4m82", NOISE))
+SWAPPED = (Cell("4btf", "i"), Cell("4m82", "i"))  # proteins of about one size, for what the network leaves on every map
 CELLS = SIGNAL + NOISES
 
 # In the order in which a cell's are done: `map` comes first, as single passes need its intermediates.
 RUNS = {
     "map": Run(cells=CELLS),
     "true-angles": Run("true-angles"),
+    "pass-cwred": Run("single-pass", "cwred"),
+    "pass-cwred-paper": Run("single-pass", "cwred-paper"),
+    "pass-cwred-gaussian": Run("single-pass", "cwred-gaussian"),
     "cwred": Run(model="cwred", options=("--lambda", "auto"), cells=CELLS),
     "cwred-paper": Run(model="cwred-paper", options=("--lambda", "paper")),
     "red": Run(model="cwred-paper", options=("--lambda", "1")),
@@ -116,9 +120,7 @@ RUNS = {
         options=("--lambda", "auto", "--prior-limit", "6"),
         cells=(Cell("4ail", "i"), Cell("4m82", "i")),
     ),
-    "pass-cwred": Run("single-pass", "cwred"),
-    "pass-cwred-paper": Run("single-pass", "cwred-paper"),
-    "pass-cwred-gaussian": Run("single-pass", "cwred-gaussian"),
+    "swapped": Run("swapped", model="cwred", options=("--lambda", "auto"), cells=SWAPPED[1:]),
 }
 
 

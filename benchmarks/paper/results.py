@@ -21,8 +21,8 @@ from paper.measure import (
     invented_shells,
     last_shell,
     mean_truth_fsc,
+    median_angular_error,
     relion_resolution,
-    swapped_correlation,
     truth_resolution,
 )
 from paper.plan import CELLS, NOISES, RUNS, SIGNAL, SWAPPED, Cell
@@ -52,7 +52,7 @@ def table_rows(records: Records) -> list[Row]:
         plain = records.get((cell, "map"))
         for name in RUNS:
             record = records.get((cell, name))
-            if record is None or record["kind"] == "single-pass":
+            if record is None or record["kind"] not in ("refine", "true-angles"):
                 continue
             rows.append(
                 {
@@ -68,7 +68,7 @@ def table_rows(records: Records) -> list[Row]:
                     "half_map_0.143_A": _number(half_map_resolution(record), 3),
                     "truth_0.5_A": _number(truth_resolution(record), 3),
                     "mean_truth_fsc": _number(mean_truth_fsc(record, plain) if plain else math.nan, 4),
-                    "angular_error_deg": _number(record.get("median_angular_error", math.nan), 3),
+                    "angular_error_deg": _number(median_angular_error(record), 3),
                     "inflation": _number(inflation(record), 3),
                     "inflation_to_map": _number(inflation(record) / inflation(plain) if plain else math.nan, 3),
                     "lambda": "-" if not record.get("lambda") else "{:.2f}-{:.2f}".format(*record["lambda"]),
@@ -141,7 +141,8 @@ def check(
     names = [name for name in names if (str(cell), name) in stored]
     if not names:
         raise InputError(f"{table}: has none of the runs asked for of {cell}; choose another cell")
-    again = replace(experiment, folder=experiment.folder / "check")
+    folder = experiment.folder / "check"
+    again = replace(experiment, folder=folder, results=folder / "results")
     shutil.rmtree(again.place(cell), ignore_errors=True)
     records: dict[tuple[Cell, str], Record] = {}
     # MAP first: it says over which shells a mean is taken.
@@ -157,12 +158,9 @@ def check(
     return agree
 
 
-def report(experiment: Experiment, records: Records, command: str) -> str:
+def report(records: Records, command: str) -> str:
     """Return the results so far as Markdown."""
-    parts = [f"`{command}`", _resolution_table(records), *_verdicts(records), *_noise(records)]
-    swapped = swapped_curves(experiment, records)
-    if swapped is not None:
-        parts.append(_swapped(swapped, records))
+    parts = [f"`{command}`", _resolution_table(records), *_verdicts(records), *_noise(records), *_swapped(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -208,7 +206,7 @@ def _verdicts(records: Records) -> list[str]:
         runs = [(records[cell, name], records[cell, other], records[cell, "map"]) for cell in cells]
         gains = [mean_truth_fsc(run, plain) - mean_truth_fsc(before, plain) for run, before, plain in runs]
         sharper = [truth_resolution(run) <= truth_resolution(before) for run, before, _ in runs]
-        angles = [run["median_angular_error"] <= before["median_angular_error"] for run, before, _ in runs]
+        angles = [median_angular_error(run) <= median_angular_error(before) for run, before, _ in runs]
         inflated = {
             str(cell): inflation(run) / inflation(plain) for cell, (run, _, plain) in zip(cells, runs, strict=True)
         }
@@ -240,26 +238,17 @@ def _noise(records: Records) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def swapped_curves(experiment: Experiment, records: Records) -> dict[str, np.ndarray] | None:
-    """Return the curves of the swapped prior (see `swapped_correlation`), or None if their runs are not finished."""
-    a, b = (Cell(structure, SWAPPED[2]) for structure in SWAPPED[:2])
-    if not all((cell, run) in records for cell in (a, b) for run in ("map", "cwred")):
-        return None
-    return swapped_correlation(
-        *(experiment.place(cell) / run / "run_class001.mrc" for cell in (a, b) for run in ("map", "cwred"))
-    )
-
-
-def _swapped(curves: Mapping[str, np.ndarray], records: Records) -> str:
+def _swapped(records: Records) -> list[str]:
+    a, b = SWAPPED
+    if not all(key in records for key in ((b, "swapped"), (a, "map"), (b, "map"))):
+        return []
     # From 10 A, where two molecules have no shape in common, up to where both MAP maps show something of the truth.
-    plains = [records[Cell(structure, SWAPPED[2]), "map"] for structure in SWAPPED[:2]]
+    plains = [records[cell, "map"] for cell in SWAPPED]
     first = int(np.searchsorted(frequency(plains[0]), 0.1))
     last = max(first, min(last_shell(np.array(item["truth_fsc"]), 0.5) for item in plains))
-    values = ", ".join(
-        f"{name} {curve[first : last + 1].mean():+.3f} (at most {np.abs(curve[first : last + 1]).max():.3f})"
-        for name, curve in curves.items()
-    )
+    parts = {name: np.array(curve[first : last + 1]) for name, curve in records[b, "swapped"]["curves"].items()}
+    values = ", ".join(f"{name} {part.mean():+.3f} (at most {np.abs(part).max():.3f})" for name, part in parts.items())
     low, high = 1 / frequency(plains[0])[[first, last]]
-    return (
-        f"- **Swapped prior**, A = {SWAPPED[0]}, B = {SWAPPED[1]}: mean FSC from {low:.1f} to {high:.1f} Å: {values}."
-    )
+    return [
+        f"- **Swapped prior**, A = {a.structure}, B = {b.structure}: mean FSC from {low:.1f} to {high:.1f} Å: {values}."
+    ]

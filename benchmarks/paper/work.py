@@ -1,4 +1,8 @@
-"""Doing the runs: each in a folder of its own, finished when its ``done.json`` is there."""
+"""Doing the runs: each in a folder of its own, finished when its record is there.
+
+A record holds all that tables and figures need, in a few kilobytes: the folders of the runs can go, and an experiment
+be continued on another machine from its records.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ from typing import Any
 from cryored import __version__
 from cryored.denoise import Denoiser
 from cryored.errors import CryoredError, InputError, ModelError
+from cryored.fsc import shell_correlation
 from cryored.models import check_weights, find_model
-from cryored.mrc import write_volume
 from cryored.output import write_text
 from cryored.simulate.harvest import harvest_files
 from cryored.simulate.harvest_relion import Display
-from cryored.simulate.pair_table import PairRow, read_pairs
+from cryored.simulate.pair_table import read_pairs
 from cryored.simulate.refinement import (
     RELION_HOOK,
     Data,
@@ -38,19 +42,17 @@ from cryored.simulate.refinement import (
     refine,
     resident,
 )
-from cryored.training.evaluation import judge, load_pair, shown
+from cryored.training.evaluation import judge, load_pair, shown, weigh
 from cryored.volume import Volume
-from paper.measure import Record, measure, measure_refinement
-from paper.plan import LEVELS, RUNS, STRUCTURES, Cell, Run, Scale
+from paper.measure import Record, measure, measure_refinement, picture, rounded, swapped_correlation
+from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
 
 logger = logging.getLogger("cryored.paper")
 
 HOOK = Path(__file__).resolve().parents[2] / "bin" / "cryored-external-reconstruct"
-_RECORD = "done.json"
+_FINAL = "run_class001.mrc"  # of a refinement, its last file but for the angles
 _NO_SIGNAL = 1e-12  # signal-to-noise ratio of what stands for none
 _EXAMPLE = 7.0  # angstrom: the intermediate nearest to it is shown
-_POLL = 0.1  # seconds
-_PATIENCE = 60.0  # seconds for a watcher to end
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Experiment:
     ----------
     folder : Path
         Holds all data sets and runs.
+    results : Path
+        Holds the records of finished runs.
     scale : Scale
     structures : Path
         Folder of the atomic models.
@@ -72,6 +76,7 @@ class Experiment:
     """
 
     folder: Path
+    results: Path
     scale: Scale
     structures: Path
     seed: int = 0
@@ -80,12 +85,11 @@ class Experiment:
 
     def place(self, cell: Cell) -> Path:
         """Folder of a cell: its data set and, by name, its runs."""
-        return self.folder / str(cell).replace(":", "_")
+        return self.folder / _label(cell)
 
-    def data(self, cell: Cell) -> Data:
-        """Return a cell's data set for reading; it is made by `prepare`."""
-        # The mask's diameter matters to refinements alone.
-        return Data(self.place(cell), self.scale.box, self.scale.angpix, 0.0)
+    def path(self, cell: Cell, name: str) -> Path:
+        """File of the record of a run."""
+        return self.results / _label(cell) / f"{name}.json"
 
     def structure(self, cell: Cell) -> Path:
         """Return the file of a cell's atomic model: the paper's own where it is there, else the stand-in.
@@ -144,7 +148,7 @@ class Experiment:
 
     def record(self, cell: Cell, name: str) -> Record | None:
         """Return what is known of a finished run."""
-        path = self.place(cell) / name / _RECORD
+        path = self.path(cell, name)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -169,6 +173,10 @@ class Experiment:
             (cell, name): self.record(cell, name) for cell in cells for name in names if RUNS[name].belongs_to(cell)
         }
         return {key: record for key, record in found.items() if record is not None}
+
+
+def _label(cell: Cell) -> str:
+    return str(cell).replace(":", "_")
 
 
 def prepare(experiment: Experiment, cell: Cell) -> Data:
@@ -225,20 +233,22 @@ def do_run(
     Raises
     ------
     InputError, ModelError, RefinementError
-        Data set, model or RELION fail, or a single pass has no intermediates yet.
+        Data set, model or RELION fail, or what the run needs of others is not there.
     """
     run = RUNS[name]
     method = experiment.method(run)
     data = prepare(experiment, cell)
-    target = data.folder / name
+    path = experiment.path(cell, name)
     begin = time.monotonic()
-    (target / _RECORD).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     if run.kind == "refine":
         result = _refine(experiment, data, cell, name, on_iteration, stop)
     elif run.kind == "true-angles":
         result = _reconstruct(data, name)
+    elif run.kind == "single-pass":
+        result = _pass(data, str(run.model))
     else:
-        result = _pass(data, name, str(run.model))
+        result = _swap(experiment)
     record = (
         {"cell": str(cell), "run": name}
         | experiment.settings(cell)
@@ -247,7 +257,8 @@ def do_run(
         | {"seconds": round(time.monotonic() - begin), "hook": experiment.hook_of(run)}
         | result
     )
-    write_text(target / _RECORD, json.dumps(record) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record) + "\n")
     return record
 
 
@@ -311,34 +322,38 @@ def _reconstruct(data: Data, name: str) -> Record:
     return measure(data, name)
 
 
-def _pass(data: Data, name: str, model: str) -> Record:
-    """Denoise the intermediates of one half of the MAP run once, and judge them."""
-    source, target = data.folder / "map", data.folder / name
-    if not (source / _RECORD).exists():
-        raise InputError(f"{source}: no finished run, expected RELION's intermediates; do the run map first")
-    target.mkdir(exist_ok=True)
-    rows = intermediates(data)
+def _pass(data: Data, model: str) -> Record:
+    """Denoise the intermediates of one half of the MAP run once, and judge them; picture the one nearest to 7 A."""
+    source = data.folder / "map"
+    if not (source / _FINAL).exists():
+        raise InputError(f"{source}: no finished run, expected RELION's intermediates; do the run map first, anew")
+    # A hopeless run left nothing usable.
+    table = source / "pairs" / "pairs.star"
+    rows = [row for row in read_pairs(table) if row.half == 1] if table.exists() else []
     if not rows:
         return {"judgements": [], "example": None}
     found = find_model(model)
     denoise = Denoiser(found)
     judgements = [asdict(item) for item in judge(denoise, rows, found.card.input)]
-    example = example_of(rows)
-    pair, voxel_size = load_pair(example)
-    denoised = denoise(Volume(shown(pair, found.card.input), voxel_size))
-    write_volume(target / "denoised.mrc", denoised, label=f"benchmarks/paper {name}")
-    return {"judgements": judgements, "example": Path(example.noisy).name}
+    row = min(rows, key=lambda row: abs(row.resolution - _EXAMPLE))
+    pair, voxel_size = load_pair(row)
+    denoised = denoise(Volume(shown(pair, found.card.input), voxel_size)).data
+    maps = {"unregularised": pair.noisy, "FSC-weighted": weigh(pair.noisy, pair.fsc), "denoised": denoised}
+    example = {
+        "name": Path(row.noisy).name,
+        "truth_fsc": {name: rounded(shell_correlation(values, pair.truth)) for name, values in maps.items()},
+        "pictures": {name: picture(values, pair.truth) for name, values in {"truth": pair.truth, **maps}.items()},
+    }
+    return {"judgements": judgements, "example": example}
 
 
-def intermediates(data: Data) -> list[PairRow]:
-    """Return the first half's intermediates of the MAP run; none where it left nothing usable."""
-    table = data.folder / "map" / "pairs" / "pairs.star"
-    return [row for row in read_pairs(table) if row.half == 1] if table.exists() else []
-
-
-def example_of(rows: Sequence[PairRow]) -> PairRow:
-    """Return the intermediate that is shown."""
-    return min(rows, key=lambda row: abs(row.resolution - _EXAMPLE))
+def _swap(experiment: Experiment) -> Record:
+    """Correlate the final maps of two proteins, without and with the prior."""
+    paths = [experiment.place(cell) / name / _FINAL for cell in SWAPPED for name in ("map", "cwred")]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: not there, expected the map of a finished run; do that run first, anew")
+    return {"curves": {name: rounded(curve) for name, curve in swapped_correlation(*paths).items()}}
 
 
 def do_all(experiment: Experiment, cells: Sequence[Cell], names: Sequence[str], jobs: int) -> dict[str, str]:
