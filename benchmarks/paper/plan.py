@@ -44,10 +44,10 @@ class Scale:
     timeout: float
 
 
-# Number times SNR decides the resolution; it is the same at both scales: 50 (about 4.5 A) to 3 (hopeless).
+# Number times SNR decides the resolution; it is the same at both scales: 25 (about 4.5 A) to 3 (hopeless).
 SCALES = {
-    "small": Scale("small", 96, 1000, 1.5, (0.05, 0.02, 0.008, 0.003), 5.0, LOCAL_SEARCH, 3600.0),
-    "paper": Scale("paper", 96, 10000, 1.5, (0.005, 0.002, 0.0008, 0.0003), 180.0, GLOBAL_SEARCH, 86400.0),
+    "small": Scale("small", 96, 1000, 1.5, (0.025, 0.012, 0.006, 0.003), 5.0, LOCAL_SEARCH, 3600.0),
+    "paper": Scale("paper", 96, 10000, 1.5, (0.0025, 0.0012, 0.0006, 0.0003), 180.0, GLOBAL_SEARCH, 86400.0),
 }
 
 
