@@ -424,7 +424,15 @@ def test_without_map_there_is_no_mean(done):
 def test_the_report_says_how_often_and_where(done):
     found = dict(records(done))
     text = results.report(found, "python benchmarks/paper --report")
-    assert "| 4m82:i | cwred |" in text
+    rows = results.table_rows(found)
+    map_, prior = (
+        next(row for row in rows if (row["cell"], row["run"]) == ("4m82:i", name)) for name in ("map", "cwred")
+    )
+    resolutions = [f"{row['half_map_0.143_A']} / {row['truth_0.5_A']}" for row in (map_, prior)]
+    assert "| cell | map | cwred |\n| --- | --- | --- |" in text
+    assert f"| 4m82:i | {resolutions[0]} | {resolutions[1]} |" in text
+    assert f"| {prior['mean_truth_fsc']} / {prior['angular_error_deg']} |" in text
+    assert "refinements 6, 0.0 hours" in text
     assert "**cwred against map**, 2 cells: mean FSC to the truth at or above in 2, above in 2" in text
     assert "**4m82:noise**: half-map FSC of cwred above 0.143 where MAP's is not:" in text
     # The stand-ins are one and the same molecule: the test must see that.
@@ -510,7 +518,7 @@ def test_the_command_runs_and_then_reports(run, refined, tmp_path):
     assert names_of(refined) == ["map", "cwred"]
     assert run(*chosen, "--status").output == "4m82:i\tmap done, cwred done\n"
     done = run(*chosen, "--table", str(tmp_path / "t.tsv"), "--report")
-    assert "| 4m82:i | cwred |" in done.output
+    assert "| cell | map | cwred |" in done.output
     assert len(results.read_table(tmp_path / "t.tsv")) == 2
     assert len(refined) == 2
     assert run("--check", "4m82:i", *chosen[2:], "--table", str(tmp_path / "t.tsv")).exit_code == 0

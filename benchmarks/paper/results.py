@@ -160,33 +160,35 @@ def check(
 
 def report(records: Records, command: str) -> str:
     """Return the results so far as Markdown."""
-    parts = [f"`{command}`", _resolution_table(records), *_verdicts(records), *_noise(records), *_swapped(records)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [f"`{command}`", *_tables(records), *_verdicts(records), *_noise(records), *_swapped(records)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _resolution_table(records: Records) -> str:
-    shown = {
-        "cell": "cell",
-        "run": "run",
-        "relion_0.143_A": "RELION 0.143",
-        "half_map_0.143_A": "half-maps 0.143",
-        "truth_0.5_A": "truth 0.5",
-        "mean_truth_fsc": "mean FSC to truth",
-        "angular_error_deg": "median error",
-        "inflation": "inflation",
-        "lambda": "lambda",
-        "iterations": "iterations",
-        "seconds": "seconds",
-    }
+def _tables(records: Records) -> list[str]:
+    """Return one table for each quantity, with a row for each cell and a column for each run."""
     rows = table_rows(records)
     if not rows:
-        return "Nothing is finished yet."
-    lines = [list(shown.values()), ["---"] * len(shown), *([row[key] for key in shown] for row in rows)]
+        return ["Nothing is finished yet."]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    names = [name for name in RUNS if any(row["run"] == name for row in rows)]
+    found = {(row["cell"], row["run"]): row for row in rows}
+    parts = []
+    for title, keys in (
+        ("Resolution in Å: half-maps 0.143 / truth 0.5", ("half_map_0.143_A", "truth_0.5_A")),
+        ("Mean FSC to the truth / median angular error in degrees", ("mean_truth_fsc", "angular_error_deg")),
+        ("Inflation / over that of MAP", ("inflation", "inflation_to_map")),
+    ):
+        lines = [["cell", *names], ["---"] * (len(names) + 1)]
+        for cell in cells:
+            texts = (
+                " / ".join(found[cell, name][key] for key in keys) if (cell, name) in found else "" for name in names
+            )
+            lines.append([cell, *texts])
+        parts.append(f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("seed", "version", "date")}
-    caption = (
-        "Resolutions in Å, angles in degrees. " + "; ".join(f"{key} {value}" for key, value in facts.items()) + "."
-    )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + caption
+    seconds = [int(row["seconds"]) for row in rows if row["hook"] != "-"]
+    facts["refinements"] = f"{len(seconds)}, {sum(seconds) / 3600:.1f} hours"
+    return [*parts, "; ".join(f"{key} {value}" for key, value in facts.items()) + "."]
 
 
 def _verdicts(records: Records) -> list[str]:
