@@ -160,6 +160,13 @@ def test_half_maps_and_truth_agree_where_theory_says():
     }
     # Both curves fall by 0.05 a shell there and a shell of thousands of coefficients scatters by 0.01.
     assert measure.inflation(found) == pytest.approx(1, abs=0.02)
+    assert measure.excess(found) == pytest.approx(0, abs=0.005)
+    # Something in both halves that the truth does not have.
+    shared = 0.1 * rng.standard_normal(shape)
+    found["half_map_fsc_masked"] = measure.shell_correlation(*(half + shared for half in halves))
+    found["truth_fsc"] = measure.shell_correlation(sum(halves) / 2 + shared, signal)
+    assert measure.inflation(found) > 1.2
+    assert measure.excess(found) > 0.1
 
 
 def test_the_mean_goes_as_far_as_map_shows_the_truth():
@@ -439,7 +446,7 @@ def test_the_report_says_how_often_and_where(done):
     assert "**Swapped prior**, A = 4btf, B = 4m82: mean FSC" in text
     curves = found[A, "swapped"]["curves"]
     assert min(min(curve[1:4]) for curve in curves.values()) > 0.5
-    assert "inflation over 1.05 times MAP's in 0." in text
+    assert "inflation over 1.05 times MAP's in 0; excess over MAP's " in text
     # Half-maps that agree much further than the truth allows.
     found[A, "cwred"] = found[A, "cwred"] | {"half_map_fsc_masked": [1.0] * 13, "truth_fsc": [1.0] * 5 + [0.0] * 8}
     assert re.search(r"MAP's in 1 \(4m82:i [2-9]\.\d\d\)", results.report(found, "c"))

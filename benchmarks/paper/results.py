@@ -15,6 +15,7 @@ import numpy as np
 from cryored.errors import InputError
 from paper.measure import (
     Record,
+    excess,
     frequency,
     half_map_resolution,
     inflation,
@@ -71,6 +72,7 @@ def table_rows(records: Records) -> list[Row]:
                     "angular_error_deg": _number(median_angular_error(record), 3),
                     "inflation": _number(inflation(record), 3),
                     "inflation_to_map": _number(inflation(record) / inflation(plain) if plain else math.nan, 3),
+                    "excess": _number(excess(record), 3),
                     "lambda": "-" if not record.get("lambda") else "{:.2f}-{:.2f}".format(*record["lambda"]),
                     "iterations": str(record.get("iterations", "-")),
                     "seconds": str(record["seconds"]),
@@ -176,7 +178,7 @@ def _tables(records: Records) -> list[str]:
     for title, keys in (
         ("Resolution in Å: half-maps 0.143 / truth 0.5", ("half_map_0.143_A", "truth_0.5_A")),
         ("Mean FSC to the truth / median angular error in degrees", ("mean_truth_fsc", "angular_error_deg")),
-        ("Inflation / over that of MAP", ("inflation", "inflation_to_map")),
+        ("Inflation / over that of MAP / excess", ("inflation", "inflation_to_map", "excess")),
     ):
         lines = [["cell", *names], ["---"] * (len(names) + 1)]
         for cell in cells:
@@ -212,6 +214,7 @@ def _verdicts(records: Records) -> list[str]:
         inflated = {
             str(cell): inflation(run) / inflation(plain) for cell, (run, _, plain) in zip(cells, runs, strict=True)
         }
+        more = [excess(run) - excess(plain) for run, _, plain in runs]
         too_much = {cell: ratio for cell, ratio in inflated.items() if ratio > INFLATED}
         lines.append(
             f"- **{name} against {other}**, {len(cells)} cells: mean FSC to the truth at or above in "
@@ -220,7 +223,7 @@ def _verdicts(records: Records) -> list[str]:
             f"median angular error not worse in {sum(angles)}; inflation over {INFLATED:g} times MAP's in "
             f"{len(too_much)}"
             + (f" ({', '.join(f'{cell} {ratio:.2f}' for cell, ratio in too_much.items())})" if too_much else "")
-            + "."
+            + f"; excess over MAP's {np.median(more):+.3f} (median), at most {max(more):+.3f}."
         )
     return ["\n".join(lines)] if lines else []
 
