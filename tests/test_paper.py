@@ -440,6 +440,7 @@ def test_the_report_says_how_often_and_where(done):
     assert f"| 4m82:i | {resolutions[0]} | {resolutions[1]} |" in text
     assert f"| {prior['mean_truth_fsc']} / {prior['angular_error_deg']} |" in text
     assert "refinements 6, 0.0 hours" in text
+    assert "| cwred | all | 4 | " in text  # two maps of each cell with signal
     assert "**cwred against map**, 2 cells: mean FSC to the truth at or above in 2, above in 2" in text
     assert "**4m82:noise**: half-map FSC of cwred above 0.143 where MAP's is not:" in text
     # The stand-ins are one and the same molecule: the test must see that.

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cryored.errors import InputError
+from cryored.training.evaluation import Judgement, summarise
 from paper.measure import (
     Record,
     excess,
@@ -162,7 +163,14 @@ def check(
 
 def report(records: Records, command: str) -> str:
     """Return the results so far as Markdown."""
-    parts = [f"`{command}`", *_tables(records), *_verdicts(records), *_noise(records), *_swapped(records)]
+    parts = [
+        f"`{command}`",
+        *_tables(records),
+        *_passes(records),
+        *_verdicts(records),
+        *_noise(records),
+        *_swapped(records),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,17 +188,45 @@ def _tables(records: Records) -> list[str]:
         ("Mean FSC to the truth / median angular error in degrees", ("mean_truth_fsc", "angular_error_deg")),
         ("Inflation / over that of MAP / excess", ("inflation", "inflation_to_map", "excess")),
     ):
-        lines = [["cell", *names], ["---"] * (len(names) + 1)]
+        lines = [["cell", *names]]
         for cell in cells:
             texts = (
                 " / ".join(found[cell, name][key] for key in keys) if (cell, name) in found else "" for name in names
             )
             lines.append([cell, *texts])
-        parts.append(f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        parts.append(f"**{title}**\n\n{_markdown(lines)}")
     facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("seed", "version", "date")}
     seconds = [int(row["seconds"]) for row in rows if row["hook"] != "-"]
     facts["refinements"] = f"{len(seconds)}, {sum(seconds) / 3600:.1f} hours"
     return [*parts, "; ".join(f"{key} {value}" for key, value in facts.items()) + "."]
+
+
+def _passes(records: Records) -> list[str]:
+    """Return the table of single passes: each model by nominal resolution, over all cells."""
+    lines = []
+    for name, run in RUNS.items():
+        judgements = [
+            Judgement(**item)
+            for (_, other), record in records.items()
+            if other == name and run.kind == "single-pass"
+            for item in record["judgements"]
+        ]
+        for row in summarise(judgements) if judgements else []:
+            values = [
+                row[key] for key in ("median_error_to_unregularised", "median_error_to_wiener", "worst_error_to_wiener")
+            ]
+            gain = f"{row['median_crossing_gain_percent']:+.0f} %"
+            lines.append([str(run.model), row["resolution"], str(row["maps"]), *(f"{v:.2f}" for v in values), gain])
+    if not lines:
+        return []
+    head = ["model", "nominal resolution", "maps", "error to unregularised", "to FSC-weighted", "worst of these"]
+    head += ["gain of the 0.5 crossing"]
+    return ["**Single passes, medians**\n\n" + _markdown([head, *lines])]
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _verdicts(records: Records) -> list[str]:
