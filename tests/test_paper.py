@@ -423,6 +423,17 @@ def test_the_table_tells_how_it_was_made(done, tmp_path):
         assert row["date"]
 
 
+def test_the_published_table_follows_from_the_records_that_are_kept():
+    """Records may be ahead of it, while the experiment goes on."""
+    docs = REPOSITORY / "docs"
+    kept = Experiment(docs, docs / "paper", plan.SCALES["small"], docs)
+    rows = results.table_rows(kept.records(plan.CELLS, list(RUNS)))
+    found = {(row["cell"], row["run"]): row for row in rows}
+    published = results.read_table(docs / "paper.tsv")
+    assert len(published) >= 48
+    assert {key: found[key] for key in published} == published
+
+
 def test_without_map_there_is_no_mean(done):
     rows = results.table_rows({(A, "cwred"): done.record(A, "cwred")})
     assert rows[0]["mean_truth_fsc"] == rows[0]["inflation_to_map"] == "-"
