@@ -130,6 +130,15 @@ class FscResult:
         return nominal_resolution(curve.frequency, curve.fsc, threshold)
 
 
+def whole_set_fsc(fsc: Floats) -> Floats:
+    """Return the FSC that two whole data sets would have, where that of their halves is `fsc`: 2 f / (1 + f).
+
+    Its root is what theory expects between the whole set's map and the truth (Rosenthal & Henderson 2003).
+    """
+    positive = np.maximum(fsc, 0.0)
+    return 2 * positive / (1 + positive)
+
+
 def shell_correlation(data1: Floats, data2: Floats, *, threads: int | None = None) -> Curve:
     """Correlate two maps shell by shell (RELION's getFSC, src/fftw.cpp).
 

@@ -297,9 +297,9 @@ def test_records_suffice_to_go_on_elsewhere(done, refined, tmp_path):
     after = draw_figures(records(done), tmp_path / "after")
     assert [path.read_bytes() for path in after] == [path.read_bytes() for path in before]
     # What needs the maps of a run says so.
-    with pytest.raises(InputError, match="do the run map first, anew"):
+    with pytest.raises(InputError, match="4m82_i/map/run_class001.mrc: not there.*remove its record"):
         work.do_run(done, A, "pass-cwred")
-    with pytest.raises(InputError, match="4btf_i/map/run_class001.mrc: not there.*do that run first, anew"):
+    with pytest.raises(InputError, match="4btf_i/map/run_class001.mrc: not there.*remove its record"):
         work.do_run(done, A, "swapped")
 
 
@@ -324,7 +324,7 @@ def test_a_structure_that_is_not_there(experiment):
 
 
 def test_single_passes_need_the_map_run(experiment):
-    with pytest.raises(InputError, match="do the run map first"):
+    with pytest.raises(InputError, match="4m82_i/map/run_class001.mrc: not there"):
         work.do_run(experiment, A, "pass-cwred")
 
 
@@ -554,7 +554,7 @@ def test_the_command_refuses_before_it_begins(run, refined, monkeypatch):
     assert run("--check", "4m82", "--table", "t").exit_code == 2
     assert run("--check", "4m82:i").exit_code == 2
     command = importlib.import_module("paper.__main__")
-    for arguments, complaint in ((["--results", "r"], "name a --folder"), (["--report"], "or --results of some")):
+    for arguments, complaint in ((["--results", "r"], "name a --folder"), (["--report"], "or its --results")):
         done = CliRunner().invoke(command.paper, arguments)
         assert done.exit_code == 2
         assert complaint in done.stderr

@@ -81,8 +81,10 @@ def paper(
     What is done stays done; an interrupted run is begun anew.
     """
     does_runs = checked is not None or not (status or table or figures or show_report)
-    if folder is None and (does_runs or results is None):
-        raise click.UsageError("name a --folder for data sets and runs" + " or --results of some" * (not does_runs))
+    if folder is None and does_runs:
+        raise click.UsageError("name a --folder for data sets and runs.")
+    if folder is None and results is None:
+        raise click.UsageError("name the --folder of an experiment, or its --results.")
     place = (folder or results or Path()).resolve()
     kept = results.resolve() if results else place / "results"
     experiment = Experiment(place, kept, SCALES[scale], structures.resolve(), seed, hook, tuple(shlex.split(relion)))

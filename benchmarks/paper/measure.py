@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cryored.fsc import Curve, crossing_resolution, nominal_resolution, shell_correlation
+from cryored.fsc import Curve, crossing_resolution, nominal_resolution, shell_correlation, whole_set_fsc
 from cryored.mask import soft_mask
 from cryored.mrc import read_volume
 from cryored.orientation import angular_error_file
@@ -119,8 +119,7 @@ def excess(record: Record) -> float:
     """
     halves, truth = np.array(record["half_map_fsc_masked"]), np.array(record["truth_fsc"])
     shells = slice(1, last_shell(halves, MAP_THRESHOLD) + 1)
-    promised = np.sqrt(2 * halves[shells].clip(0) / (1 + halves[shells].clip(0)))
-    return float(np.mean(promised - truth[shells]))
+    return float(np.mean(np.sqrt(whole_set_fsc(halves[shells])) - truth[shells]))
 
 
 def mean_truth_fsc(record: Record, reference: Record) -> float:

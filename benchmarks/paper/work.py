@@ -50,7 +50,6 @@ from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
 logger = logging.getLogger("cryored.paper")
 
 HOOK = Path(__file__).resolve().parents[2] / "bin" / "cryored-external-reconstruct"
-_FINAL = "run_class001.mrc"  # of a refinement, its last file but for the angles
 _NO_SIGNAL = 1e-12  # signal-to-noise ratio of what stands for none
 _EXAMPLE = 7.0  # angstrom: the intermediate nearest to it is shown
 
@@ -324,11 +323,8 @@ def _reconstruct(data: Data, name: str) -> Record:
 
 def _pass(data: Data, model: str) -> Record:
     """Denoise the intermediates of one half of the MAP run once, and judge them; picture the one nearest to 7 A."""
-    source = data.folder / "map"
-    if not (source / _FINAL).exists():
-        raise InputError(f"{source}: no finished run, expected RELION's intermediates; do the run map first, anew")
     # A hopeless run left nothing usable.
-    table = source / "pairs" / "pairs.star"
+    table = _final_map(data.folder, "map").parent / "pairs" / "pairs.star"
     rows = [row for row in read_pairs(table) if row.half == 1] if table.exists() else []
     if not rows:
         return {"judgements": [], "example": None}
@@ -347,12 +343,17 @@ def _pass(data: Data, model: str) -> Record:
     return {"judgements": judgements, "example": example}
 
 
+def _final_map(place: Path, name: str) -> Path:
+    """Return the file of a refinement's final map; a record that came from elsewhere does not bring it along."""
+    path = place / name / "run_class001.mrc"
+    if not path.exists():
+        raise InputError(f"{path}: not there, expected a finished refinement; remove its record and do it again")
+    return path
+
+
 def _swap(experiment: Experiment) -> Record:
     """Correlate the final maps of two proteins, without and with the prior."""
-    paths = [experiment.place(cell) / name / _FINAL for cell in SWAPPED for name in ("map", "cwred")]
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: not there, expected the map of a finished run; do that run first, anew")
+    paths = [_final_map(experiment.place(cell), name) for cell in SWAPPED for name in ("map", "cwred")]
     return {"curves": {name: rounded(curve) for name, curve in swapped_correlation(*paths).items()}}
 
 

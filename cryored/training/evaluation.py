@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cryored.errors import InputError
 from cryored.fourier import apply_shells
-from cryored.fsc import crossing_resolution, shell_correlation
+from cryored.fsc import crossing_resolution, shell_correlation, whole_set_fsc
 from cryored.mask import soft_mask
 from cryored.mrc import read_volume
 from cryored.output import check_target, write_text
@@ -168,14 +168,13 @@ def wrong_curves(fsc: Floats, shift: int) -> dict[str, Floats]:
     Returns
     -------
     dict
-        ``lower``, ``higher``, and ``full``: that of the map of all particles, 2 FSC / (1 + FSC).
+        ``lower``, ``higher``, and ``full``: that of the map of all particles (see `whole_set_fsc`).
     """
     shells = np.arange(len(fsc))
-    positive = np.clip(fsc, 0.0, 1.0)
     return {
         "lower": fsc[np.minimum(shells + shift, len(fsc) - 1)],
         "higher": fsc[np.maximum(shells - shift, 0)],
-        "full": 2 * positive / (1 + positive),
+        "full": whole_set_fsc(fsc),
     }
 
 
