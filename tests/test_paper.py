@@ -115,6 +115,7 @@ def test_each_cell_has_the_runs_that_the_experiment_asks_for():
         f"{name}:ii" for name in plan.STRUCTURES
     ]
     assert sum("cwred-limit" in runs(cell) for cell in plan.CELLS) == 2
+    assert sum({"cwred-line", "cwred-extrapolate"} <= runs(cell) for cell in plan.CELLS) == 2
 
 
 def test_both_scales_span_the_same_resolutions():
