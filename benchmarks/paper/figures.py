@@ -10,7 +10,7 @@ import numpy as np
 
 from cryored.plotting import new_figure, save_figure
 from paper.measure import Record, frequency, picture_of
-from paper.plan import LEVELS, NOISES, RUNS, STRUCTURES, SWAPPED, Cell
+from paper.plan import LEVELS, NOISE_RUNS, NOISES, RUNS, STRUCTURES, SWAPPED, Cell
 from paper.results import Records
 
 COLOURS = {
@@ -20,6 +20,7 @@ COLOURS = {
     "cwred": "tab:blue",
     "cwred-gaussian": "tab:green",
     "cwred-limit": "tab:purple",
+    "cwred-forced": "tab:cyan",
 }
 PASSES = tuple(name for name, run in RUNS.items() if run.kind == "single-pass")
 
@@ -202,19 +203,19 @@ def _invented(records: Records) -> Any:
     figure = new_figure(0.6 + 2.9 * panels, 2.8)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for cell, axis in zip(noises, axes[: len(noises)], strict=True):
-        for name in ("map", "cwred"):
+        for name in ("map", *NOISE_RUNS):
             if (cell, name) in records:
                 record = records[cell, name]
                 axis.plot(frequency(record)[1:], record["half_map_fsc"][1:], ":", color=_colour(name), linewidth=1)
                 axis.plot(frequency(record)[1:], record["truth_fsc"][1:], color=_colour(name), linewidth=1, label=name)
         axis.axhline(0.143, color="0.6", linewidth=0.6, linestyle="--")
-        axis.set(title=str(cell), ylabel="FSC; dotted: half-maps, solid: to the protein")
+        axis.set_title(str(cell))
     if swapped is not None:
         shells = frequency(swapped)[1:]
         for (name, curve), colour in zip(swapped["curves"].items(), ("0.25", "tab:cyan", "tab:blue"), strict=True):
             axes[-1].plot(shells, curve[1:], color=colour, linewidth=1, label=name)
-        axes[-1].set(title="swapped prior", ylabel="FSC")
+        axes[-1].set(title="swapped prior")
     for axis in axes:
-        axis.set(xlabel="spatial frequency (1/Å)", ylim=(-0.3, 1.02))
+        axis.set(xlabel="spatial frequency (1/Å)", ylabel="FSC", ylim=(-0.3, 1.02))
         axis.legend(frameon=False, fontsize=6)
     return figure

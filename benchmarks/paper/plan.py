@@ -121,11 +121,15 @@ RUNS = {
         options=("--lambda", "auto", "--prior-limit", "6"),
         cells=(Cell("4ail", "i"), Cell("4m82", "i")),
     ),
+    # The schedule gives noise no prior at all: what would it make of it?
+    "cwred-forced": Run(model="cwred", options=("--lambda", "1"), cells=NOISES[:1]),
     # What might mend inflation: less prior at low resolution, or the prior in shells without data too.
     "cwred-line": Run(model="cwred", options=("--lambda", "paper"), cells=INFLATED),
     "cwred-extrapolate": Run(model="cwred", options=("--lambda", "auto", "--extrapolate"), cells=INFLATED),
     "swapped": Run("swapped", model="cwred", options=("--lambda", "auto"), cells=SWAPPED[1:]),
 }
+
+NOISE_RUNS = tuple(name for name, run in RUNS.items() if run.model and run.belongs_to(NOISES[0]))
 
 
 def parse_cells(text: str) -> list[Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from paper.measure import (
     relion_resolution,
     truth_resolution,
 )
-from paper.plan import CELLS, NOISES, RUNS, SIGNAL, SWAPPED, Cell
+from paper.plan import CELLS, NOISE_RUNS, NOISES, RUNS, SIGNAL, SWAPPED, Cell
 from paper.work import Experiment, do_run
 
 Records = Mapping[tuple[Cell, str], Record]
@@ -74,7 +75,7 @@ def table_rows(records: Records) -> list[Row]:
                     "inflation": _number(inflation(record), 3),
                     "inflation_to_map": _number(inflation(record) / inflation(plain) if plain else math.nan, 3),
                     "excess": _number(excess(record), 3),
-                    "lambda": "-" if not record.get("lambda") else "{:.2f}-{:.2f}".format(*record["lambda"]),
+                    "lambda": _range(record) if record.get("lambda") else "-",
                     "iterations": str(record.get("iterations", "-")),
                     "seconds": str(record["seconds"]),
                     "hook": record["hook"] or "-",
@@ -268,17 +269,23 @@ def _verdicts(records: Records) -> list[str]:
 
 def _noise(records: Records) -> list[str]:
     lines = []
-    for cell in NOISES:
-        if (cell, "map") in records and (cell, "cwred") in records:
-            plain, prior = records[cell, "map"], records[cell, "cwred"]
+    for cell, name in itertools.product(NOISES, NOISE_RUNS):
+        if (cell, "map") in records and (cell, name) in records:
+            plain, prior = records[cell, "map"], records[cell, name]
             invented = invented_shells(prior, plain)
             where = ", ".join(f"{value:.1f} Å" for value in invented) or "nowhere"
             lines.append(
-                f"- **{cell}**: half-map FSC of cwred above 0.143 where MAP's is not: {where}; RELION's resolution "
-                f"{relion_resolution(prior):.1f} Å (MAP {relion_resolution(plain):.1f} Å); FSC to the protein of the "
-                f"reference 0.5 at {truth_resolution(prior):.1f} Å (MAP {truth_resolution(plain):.1f} Å)."
+                f"- **{cell}**: half-map FSC of {name} (lambda {_range(prior)}) above 0.143 where MAP's is not: "
+                f"{where}; RELION's resolution {relion_resolution(prior):.1f} Å (MAP "
+                f"{relion_resolution(plain):.1f} Å); FSC to the protein of the reference 0.5 at "
+                f"{truth_resolution(prior):.1f} Å (MAP {truth_resolution(plain):.1f} Å)."
             )
     return ["\n".join(lines)] if lines else []
+
+
+def _range(record: Record) -> str:
+    """Return the lowest and the highest lambda of a run."""
+    return "{:.2f}-{:.2f}".format(*record["lambda"])
 
 
 def _swapped(records: Records) -> list[str]:
