@@ -54,7 +54,7 @@ def _backend() -> str:
 
 def _set_up_tensorflow(use_gpu: bool, threads: int | None) -> str | None:
     """Return the name of the first GPU in use, if there is one."""
-    # By itself it takes oneDNN only on CPUs with AVX512-VNNI; on others a network is 3.5 times as fast with it.
+    # By itself TensorFlow takes oneDNN only on CPUs with AVX512-VNNI; on others a network is 3.5 times as fast with it.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     with _hushed():
         import tensorflow as tf

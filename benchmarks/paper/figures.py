@@ -214,7 +214,7 @@ def _invented(records: Records) -> Any:
         shells = frequency(swapped)[1:]
         for (name, curve), colour in zip(swapped["curves"].items(), ("0.25", "tab:cyan", "tab:blue"), strict=True):
             axes[-1].plot(shells, curve[1:], color=colour, linewidth=1, label=name)
-        axes[-1].set(title="swapped prior")
+        axes[-1].set_title("swapped prior")
     for axis in axes:
         axis.set(xlabel="spatial frequency (1/Å)", ylabel="FSC", ylim=(-0.3, 1.02))
         axis.legend(frameon=False, fontsize=6)

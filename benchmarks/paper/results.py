@@ -34,8 +34,8 @@ from paper.work import Experiment, do_run
 Records = Mapping[tuple[Cell, str], Record]
 Row = dict[str, str]
 
-BEYOND = 20.0  # angstrom: finer than this the reference of the noise, at 30 A, holds nothing
-LIMIT = 1.05  # inflation over MAP's: what the experiment allows
+REFERENCE_ENDS = 20.0  # angstrom: finer than this the reference of the noise, at 30 A, holds nothing
+INFLATION_LIMIT = 1.05  # over MAP's: what the experiment allows
 
 # Columns that a recomputed run has to agree in: exactly, or within a relative difference. MAP repeats to 1e-5; the
 # rounding of a network differs from processor to processor, and a few particles go another way.
@@ -183,6 +183,8 @@ def _tables(records: Records) -> list[str]:
         return ["Nothing is finished yet."]
     seconds = [int(row["seconds"]) for row in rows if row["hook"] != "-"]
     rows = [row for row in rows if float(row["snr"])]  # of noise these numbers say nothing
+    if not rows:
+        return []
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     names = [name for name in RUNS if any(row["run"] == name for row in rows)]
     found = {(row["cell"], row["run"]): row for row in rows}
@@ -256,12 +258,12 @@ def _verdicts(records: Records) -> list[str]:
             str(cell): inflation(run) / inflation(plain) for cell, (run, _, plain) in zip(cells, runs, strict=True)
         }
         more = [excess(run) - excess(plain) for run, _, plain in runs]
-        too_much = {cell: ratio for cell, ratio in inflated.items() if ratio > LIMIT}
+        too_much = {cell: ratio for cell, ratio in inflated.items() if ratio > INFLATION_LIMIT}
         lines.append(
             f"- **{name} against {other}**, {len(cells)} cells: mean FSC to the truth at or above in "
             f"{sum(gain >= 0 for gain in gains)}, above in {sum(gain > 0 for gain in gains)} (median "
             f"{np.median(gains):+.4f}, worst {min(gains):+.4f}); 0.5 crossing as good or better in {sum(sharper)}; "
-            f"median angular error not worse in {sum(angles)}; inflation over {LIMIT:g} times MAP's in "
+            f"median angular error not worse in {sum(angles)}; inflation over {INFLATION_LIMIT:g} times MAP's in "
             f"{len(too_much)}"
             + (f" ({', '.join(f'{cell} {ratio:.2f}' for cell, ratio in too_much.items())})" if too_much else "")
             + f"; excess over MAP's {np.median(more):+.3f} (median), at most {max(more):+.3f}."
@@ -280,13 +282,14 @@ def _noise(records: Records) -> list[str]:
                 f"- **{cell}**: half-map FSC of {name} (lambda {_range(prior)}) above 0.143 where MAP's is not: "
                 f"{where}; RELION's resolution {relion_resolution(prior):.1f} Å (MAP "
                 f"{relion_resolution(plain):.1f} Å); mean FSC to the protein of the reference beyond "
-                f"{BEYOND:g} Å {_mean_beyond(prior):+.3f} (MAP {_mean_beyond(plain):+.3f})."
+                f"{REFERENCE_ENDS:g} Å {_mean_invented(prior):+.3f} (MAP {_mean_invented(plain):+.3f})."
             )
     return ["\n".join(lines)] if lines else []
 
 
-def _mean_beyond(record: Record) -> float:
-    return float(np.mean(np.array(record["truth_fsc"])[frequency(record) > 1 / BEYOND]))
+def _mean_invented(record: Record) -> float:
+    """Return the mean FSC to the protein over the shells of which the reference of the noise holds nothing."""
+    return float(np.mean(np.array(record["truth_fsc"])[frequency(record) > 1 / REFERENCE_ENDS]))
 
 
 def _range(record: Record) -> str:
