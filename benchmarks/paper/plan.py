@@ -96,7 +96,7 @@ class Run:
 
 
 SIGNAL = tuple(Cell(structure, level) for structure in STRUCTURES for level in LEVELS)
-NOISES = (Cell("4ail", NOISE), Cell("4m82", NOISE))
+NOISES = (Cell("4ail", NOISE),)
 INFLATED = (Cell("4btf", "ii"), Cell("4bb9", "iii"))  # where cwred's inflation is above what is allowed
 SWAPPED = (Cell("4btf", "i"), Cell("4m82", "i"))  # proteins of about one size, for what the network leaves on every map
 CELLS = SIGNAL + NOISES
@@ -122,7 +122,7 @@ RUNS = {
         cells=(Cell("4ail", "i"), Cell("4m82", "i")),
     ),
     # The schedule gives noise no prior at all: what would it make of it?
-    "cwred-forced": Run(model="cwred", options=("--lambda", "1"), cells=NOISES[:1]),
+    "cwred-forced": Run(model="cwred", options=("--lambda", "1"), cells=NOISES),
     # What might mend inflation: less prior at low resolution, or the prior in shells without data too.
     "cwred-line": Run(model="cwred", options=("--lambda", "paper"), cells=INFLATED),
     "cwred-extrapolate": Run(model="cwred", options=("--lambda", "auto", "--extrapolate"), cells=INFLATED),
