@@ -240,6 +240,7 @@ def _verdicts(records: Records) -> list[str]:
     for name, other in (
         ("cwred", "map"),
         ("cwred", "cwred-paper"),
+        ("cwred", "red"),
         ("cwred-paper", "map"),
         ("red", "map"),
         ("cwred-gaussian", "map"),
