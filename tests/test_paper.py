@@ -42,7 +42,7 @@ NOISE = Cell("4ail", "noise")
 def experiment(tmp_path):
     structures = tmp_path / "structures"
     structures.mkdir()
-    for name in ("4ail", "4m82", "7NF3"):  # the paper's own, and a stand-in
+    for name in ("4ail", "4m82", "7NF3"):  # two of the paper's own, and a stand-in
         shutil.copyfile(STRUCTURE, structures / f"{name}.cif.gz")
     return Experiment(tmp_path / "runs", tmp_path / "kept", TINY, structures, seed=3)
 
@@ -468,6 +468,9 @@ def test_the_report_says_how_often_and_where(done):
     found[A, "cwred"] = found[A, "cwred"] | {"half_map_fsc_masked": [1.0] * 13, "truth_fsc": [1.0] * 5 + [0.0] * 8}
     assert re.search(r"MAP's in 1 \(4m82:i [2-9]\.\d\d\)", results.report(found, "c"))
     assert "Nothing is finished yet" in results.report({}, "c")
+    noise_alone = results.report({key: record for key, record in found.items() if key[0] == NOISE}, "c")
+    assert "**4ail:noise**" in noise_alone
+    assert "| cell |" not in noise_alone
 
 
 @pytest.mark.parametrize(
