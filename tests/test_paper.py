@@ -30,6 +30,7 @@ from cryored.project import euler_angles, perturb, rotation_matrices
 from cryored.simulate.pair_table import Pair, write_pair, write_pairs
 from cryored.simulate.refinement import LOCAL_SEARCH, RefinementError
 from cryored.star import read_star, write_star
+from cryored.substitution import SubstitutedFsc
 
 REPOSITORY = Path(__file__).parents[1]
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
@@ -384,6 +385,18 @@ def done(experiment, refined, monkeypatch):
     monkeypatch.setattr(work, "Denoiser", Copying)
     assert work.do_all(experiment, [B, A, NOISE], ["map", "cwred", "pass-cwred", "swapped"], 1) == {}
     return experiment
+
+
+def test_what_the_network_makes_of_substituted_noise_is_recorded(experiment, monkeypatch):
+    grid = np.random.default_rng(1).standard_normal((24, 24, 24), dtype=np.float32)
+    monkeypatch.setattr(work, "half_maps", lambda data, name: [grid, grid])
+    monkeypatch.setattr(work, "_final_map", lambda place, name: place)
+    monkeypatch.setattr(work, "substituted_volumes", lambda *args, **options: SubstitutedFsc(args[3], *np.eye(3, 13)))
+    record = work.do_run(experiment, plan.SUBSTITUTED, "substituted")
+    assert record["start"] == 12  # 24 voxels of 4 A over 8 A
+    assert [curve.index(1) for curve in record["curves"].values()] == [0, 2, 1]
+    text = results.report({(plan.SUBSTITUTED, "substituted"): record}, "c")
+    assert "**Noise substitution**, 4m82:ii: mean FSC of the half-maps from 8.0 Å on" in text
 
 
 def records(experiment):

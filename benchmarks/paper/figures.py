@@ -10,7 +10,7 @@ import numpy as np
 
 from cryored.plotting import new_figure, save_figure
 from paper.measure import Record, frequency, picture_of
-from paper.plan import LEVELS, NOISE_RUNS, NOISES, RUNS, STRUCTURES, SWAPPED, Cell
+from paper.plan import LEVELS, NOISE_RUNS, NOISES, RUNS, STRUCTURES, SUBSTITUTED, SWAPPED, Cell
 from paper.results import Records
 
 COLOURS = {
@@ -194,10 +194,14 @@ def _show(axis: Any, text: str) -> None:
 
 
 def _invented(records: Records) -> Any:
-    """Draw the tests for invented detail: refined noise, and the swapped prior."""
+    """Draw the tests for invented detail: refined noise, the swapped prior, noise substitution."""
     noises = [cell for cell in NOISES if (cell, "map") in records]
-    swapped = records.get((SWAPPED[1], "swapped"))
-    panels = len(noises) + (swapped is not None)
+    tests = {
+        "swapped prior": records.get((SWAPPED[1], "swapped")),
+        "noise substitution": records.get((SUBSTITUTED, "substituted")),
+    }
+    tests = {title: record for title, record in tests.items() if record is not None}
+    panels = len(noises) + len(tests)
     if not panels:
         return None
     figure = new_figure(0.6 + 2.9 * panels, 2.8)
@@ -210,11 +214,10 @@ def _invented(records: Records) -> Any:
                 axis.plot(frequency(record)[1:], record["truth_fsc"][1:], color=_colour(name), linewidth=1, label=name)
         axis.axhline(0.143, color="0.6", linewidth=0.6, linestyle="--")
         axis.set_title(str(cell))
-    if swapped is not None:
-        shells = frequency(swapped)[1:]
-        for (name, curve), colour in zip(swapped["curves"].items(), ("0.25", "tab:cyan", "tab:blue"), strict=True):
-            axes[-1].plot(shells, curve[1:], color=colour, linewidth=1, label=name)
-        axes[-1].set_title("swapped prior")
+    for (title, record), axis in zip(tests.items(), axes[len(noises) :], strict=True):
+        for (name, curve), colour in zip(record["curves"].items(), ("0.25", "tab:cyan", "tab:blue"), strict=True):
+            axis.plot(frequency(record)[1:], curve[1:], color=colour, linewidth=1, label=name)
+        axis.set_title(title)
     for axis in axes:
         axis.set(xlabel="spatial frequency (1/Å)", ylabel="FSC", ylim=(-0.3, 1.02))
         axis.legend(frameon=False, fontsize=6)

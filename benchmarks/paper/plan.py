@@ -74,9 +74,9 @@ class Run:
 
     Parameters
     ----------
-    kind : {"refine", "true-angles", "single-pass", "swapped"}
+    kind : {"refine", "true-angles", "single-pass", "swapped", "substituted"}
         A refinement; a reconstruction with the true angles; a model on the intermediates of the run ``map``; maps of
-        the two proteins of `SWAPPED`.
+        the two proteins of `SWAPPED`; a model on the half-maps of ``map`` with noise in place of the signal.
     model : str, optional
         Without one RELION's own program reconstructs.
     options : tuple of str
@@ -99,6 +99,7 @@ SIGNAL = tuple(Cell(structure, level) for structure in STRUCTURES for level in L
 NOISES = (Cell("4ail", NOISE),)
 INFLATED = (Cell("4btf", "ii"), Cell("4bb9", "iii"))  # where cwred's inflation is above what is allowed
 SWAPPED = (Cell("4btf", "i"), Cell("4m82", "i"))  # proteins of about one size, for what the network leaves on every map
+SUBSTITUTED = Cell("4m82", "ii")
 CELLS = SIGNAL + NOISES
 
 # In the order in which a cell's are done: `map` comes first, as single passes need its intermediates.
@@ -127,6 +128,7 @@ RUNS = {
     "cwred-line": Run(model="cwred", options=("--lambda", "paper"), cells=INFLATED),
     "cwred-extrapolate": Run(model="cwred", options=("--lambda", "auto", "--extrapolate"), cells=INFLATED),
     "swapped": Run("swapped", model="cwred", options=("--lambda", "auto"), cells=SWAPPED[1:]),
+    "substituted": Run("substituted", model="cwred", cells=(SUBSTITUTED,)),
 }
 
 NOISE_RUNS = tuple(name for name, run in RUNS.items() if run.model and run.belongs_to(NOISES[0]))

@@ -28,7 +28,7 @@ from paper.measure import (
     relion_resolution,
     truth_resolution,
 )
-from paper.plan import CELLS, NOISE_RUNS, NOISES, RUNS, SIGNAL, SWAPPED, Cell
+from paper.plan import CELLS, NOISE_RUNS, NOISES, RUNS, SIGNAL, SUBSTITUTED, SWAPPED, Cell
 from paper.work import Experiment, do_run
 
 Records = Mapping[tuple[Cell, str], Record]
@@ -172,6 +172,7 @@ def report(records: Records, command: str) -> str:
         *_verdicts(records),
         *_noise(records),
         *_swapped(records),
+        *_substituted(records),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -296,6 +297,19 @@ def _mean_invented(record: Record) -> float:
 def _range(record: Record) -> str:
     """Return the lowest and the highest lambda of a run."""
     return "{:.2f}-{:.2f}".format(*record["lambda"])
+
+
+def _substituted(records: Records) -> list[str]:
+    record = records.get((SUBSTITUTED, "substituted"))
+    if record is None:
+        return []
+    start = record["start"]
+    limit = 1 / frequency(record)[start]
+    values = ", ".join(
+        f"{name} {np.mean(curve[start:]):+.3f} (at most {max(curve[start:]):.3f})"
+        for name, curve in record["curves"].items()
+    )
+    return [f"- **Noise substitution**, {SUBSTITUTED}: mean FSC of the half-maps from {limit:.1f} Å on: {values}."]
 
 
 def _swapped(records: Records) -> list[str]:

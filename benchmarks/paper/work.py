@@ -24,11 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cryored import __version__
 from cryored.denoise import Denoiser
 from cryored.errors import CryoredError, InputError, ModelError
 from cryored.fsc import shell_correlation
+from cryored.mask import soft_mask
 from cryored.models import check_weights, find_model
+from cryored.mrc import read_volume
 from cryored.output import write_text
 from cryored.simulate.harvest import harvest_files
 from cryored.simulate.harvest_relion import Display
@@ -37,11 +41,13 @@ from cryored.simulate.refinement import (
     RELION_HOOK,
     Data,
     RefinementError,
+    half_maps,
     iterations,
     make_data,
     refine,
     resident,
 )
+from cryored.substitution import substituted_volumes
 from cryored.training.evaluation import judge, load_pair, shown, weigh
 from cryored.volume import Volume
 from paper.measure import Record, measure, measure_refinement, picture, rounded, swapped_correlation
@@ -50,6 +56,7 @@ from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
 logger = logging.getLogger("cryored.paper")
 
 HOOK = Path(__file__).resolve().parents[2] / "bin" / "cryored-external-reconstruct"
+SUBSTITUTED_FROM = 8.0  # angstrom: from here on noise stands for the signal
 _NO_SIGNAL = 1e-12  # signal-to-noise ratio of what stands for none
 _EXAMPLE = 7.0  # angstrom: the intermediate nearest to it is shown
 
@@ -246,6 +253,8 @@ def do_run(
         result = _reconstruct(data, name)
     elif run.kind == "single-pass":
         result = _pass(data, str(run.model))
+    elif run.kind == "substituted":
+        result = _substitute(data, str(run.model), experiment.seed)
     else:
         result = _swap(experiment)
     record = (
@@ -355,6 +364,28 @@ def _swap(experiment: Experiment) -> Record:
     """Correlate the final maps of two proteins, without and with the prior."""
     paths = [_final_map(experiment.place(cell), name) for cell in SWAPPED for name in ("map", "cwred")]
     return {"curves": {name: rounded(curve) for name, curve in swapped_correlation(*paths).items()}}
+
+
+def _substitute(data: Data, model: str, seed: int) -> Record:
+    """Denoise the half-maps of the MAP run with noise in place of the signal beyond a resolution."""
+    _final_map(data.folder, "map")
+    halves = half_maps(data, "map")
+    truth = read_volume(data.truth)
+    found = substituted_volumes(
+        truth.with_data(halves[0]),
+        truth.with_data(halves[1]),
+        shell_correlation(*halves),
+        round(data.box * data.angpix / SUBSTITUTED_FROM),
+        model=model,
+        rng=np.random.default_rng(seed),
+        mask=soft_mask(truth).data,
+    )
+    curves = {
+        "noise for signal": found.substituted,
+        "noise for signal, denoised": found.denoised_substituted,
+        "denoised": found.denoised,
+    }
+    return {"start": found.start, "curves": {name: rounded(curve) for name, curve in curves.items()}}
 
 
 def do_all(experiment: Experiment, cells: Sequence[Cell], names: Sequence[str], jobs: int) -> dict[str, str]:
