@@ -12,9 +12,11 @@ Everything is made here: the truth from an atomic model, particles with CTF and 
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -22,26 +24,61 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.simulate.refinement import (
+    LOCAL_SEARCH,
     RELION_HOOK,
     Data,
     RefinementError,
     half_maps,
     iterations,
     make_data,
+    make_mask,
     refine,
     resident,
+    solvent_mask,
 )
 
-HOOK = Path(__file__).resolve().parent.parent / "bin" / "cryored-external-reconstruct"
+HERE = Path(__file__).resolve().parent
+HOOK = HERE.parent / "bin" / "cryored-external-reconstruct"
 
-# What RELION calls in each iteration of a variant.
+
+@dataclass(frozen=True)
+class Variant:
+    """What reconstructs in each iteration.
+
+    Parameters
+    ----------
+    options : str, optional
+        Of ``cryored red-update``; without, RELION's own program or the oracle reconstructs.
+    masked : bool
+        With a solvent mask made from the final map of ``map``, which is refined first.
+    oracle : bool
+        The truth stands in for the denoised map.
+    """
+
+    options: str | None = None
+    masked: bool = False
+    oracle: bool = False
+
+    def hook(self, data: Data) -> str:
+        """Return what RELION calls."""
+        if self.oracle:
+            return shlex.join([sys.executable, str(HERE / "oracle.py"), str(data.truth)])
+        return RELION_HOOK if self.options is None else f"{HOOK} {self.options}"
+
+
 VARIANTS = {
-    "relion": RELION_HOOK,
-    "map": f"{HOOK} --lambda 0",
-    "cwred": f"{HOOK}",
-    "paper": f"{HOOK} --lambda paper",
-    "red": f"{HOOK} --lambda 1",
+    "relion": Variant(),
+    "map": Variant("--lambda 0"),
+    "cwred": Variant(""),
+    "eq17": Variant("--lambda 1"),
+    "cwred-weak": Variant("--trust 0.25"),
+    "cwred-strong": Variant("--trust 4"),
+    "paper": Variant("--lambda paper"),
+    "red": Variant("--model cwred-paper --lambda 1"),
+    "oracle": Variant(oracle=True),
 }
+VARIANTS |= {f"{name}-mask": replace(one, masked=True) for name, one in VARIANTS.items() if name != "relion"}
+PLAIN = "map"  # what the mask is made from
 
 
 def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
@@ -56,33 +93,55 @@ def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
     return shell_correlation(average * mask, truth.data * mask)
 
 
-def watched(variant: str) -> Callable[[Path], AbstractContextManager[None]]:
+def watched(variant: Variant) -> Callable[[Path], AbstractContextManager[None]]:
     """Return the companion that answers a variant's requests, and keeps a report of them in the run's folder."""
-    options = VARIANTS[variant].split()[1:]
+    options = (variant.options or "").split()
     return lambda folder: resident(folder, options=[*options, "--report", str(folder / "report.html")])
 
 
 def judge(data: Data, names: list[str]) -> list[dict[str, object]]:
-    """Return a row for each run: crossing of 0.5 to the truth, mean FSC, half-map resolution, iterations.
+    """Return a row for each run.
 
-    The mean is over the shells 1 up to the first run's 0.5 crossing.
+    Mean FSCs to the truth are over the shells 1 up to the first run's 0.5 crossing. ``regularised`` is the final map
+    with what regularised it, prior or tau2; all other columns are of the unfiltered half-maps. Inflation: half-map
+    0.143 over truth 0.5, in spatial frequency, within one mask.
     """
     from cryored.fsc import crossing_resolution, nominal_resolution, shell_correlation
+    from cryored.mask import soft_mask
+    from cryored.mrc import read_volume
+    from cryored.orientation import angular_error_file
 
+    truth = read_volume(data.truth)
+    mask = soft_mask(truth).data
     frequency = np.arange(data.box // 2 + 1) / (data.box * data.angpix)
     curves = {name: truth_fsc(data, name) for name in names}
     below = np.flatnonzero(curves[names[0]][1:] < 0.5)
     last = int(below[0]) if below.size else data.box // 2
-    return [
-        {
-            "run": name,
-            "truth_fsc_0.5_A": round(crossing_resolution(frequency, curve, 0.5), 3),
-            "mean_truth_fsc": round(float(curve[1 : last + 1].mean()), 4),
-            "half_map_0.143_A": round(nominal_resolution(frequency, shell_correlation(*half_maps(data, name))), 2),
-            "iterations": iterations(data, name),
-        }
-        for name, curve in curves.items()
-    ]
+    rows: list[dict[str, object]] = []
+    for name, curve in curves.items():
+        halves = half_maps(data, name)
+        half_curve = shell_correlation(*(half * mask for half in halves))
+        resolution, truth_resolution = (
+            nominal_resolution(frequency, half_curve),
+            crossing_resolution(frequency, curve, 0.5),
+        )
+        regularised = shell_correlation(read_volume(final_map(data, name)).data * mask, truth.data * mask)
+        errors = angular_error_file(data.folder / name / "run_data.star", data.folder / "particles_truth.star")
+        rows.append(
+            {
+                "run": name,
+                "truth_fsc_0.5_A": round(truth_resolution, 3),
+                "mean_truth_fsc": round(float(curve[1 : last + 1].mean()), 4),
+                "regularised_0.5_A": round(crossing_resolution(frequency, regularised, 0.5), 3),
+                "regularised_mean_fsc": round(float(regularised[1 : last + 1].mean()), 4),
+                "angular_error_deg": round(float(np.median(errors)), 3),
+                "half_map_0.143_A": round(nominal_resolution(frequency, shell_correlation(*halves)), 2),
+                "masked_0.143_A": round(resolution, 3),
+                "inflation": round(truth_resolution / resolution, 3),
+                "iterations": iterations(data, name),
+            }
+        )
+    return rows
 
 
 def draw(data: Data, names: list[str], path: Path) -> None:
@@ -99,7 +158,7 @@ def draw(data: Data, names: list[str], path: Path) -> None:
     axes[0].set(xlabel="spatial frequency (1/Å)", ylabel="FSC to the truth, masked", xlim=(0, frequency[-1]))
     axes[0].legend(frameon=False)
     maps = {"truth": read_volume(data.truth).data}
-    maps |= {name: read_volume(data.folder / name / "run_class001.mrc").data for name in names}
+    maps |= {name: read_volume(final_map(data, name)).data for name in names}
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
         axis.imshow(values[data.box // 2], cmap="gray", vmin=0, vmax=float(np.percentile(values, 99.8)))
         axis.set(title=name, xticks=[], yticks=[])
@@ -116,6 +175,7 @@ def draw(data: Data, names: list[str], path: Path) -> None:
 @click.option("--snr", default=0.05, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--watch", is_flag=True, help="Keep cryored watch beside each refinement; its report lies in the run.")
+@click.option("--relion", "extra", default="", help="Further options of relion_refine, as one word.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG of FSC curves and slices.")
 def main(
     structure: str,
@@ -127,6 +187,7 @@ def main(
     snr: float,
     seed: int,
     watch: bool,
+    extra: str,
     plot: Path | None,
 ) -> None:
     """Refine simulated particles of STRUCTURE with RELION, once a variant, and compare with the truth."""
@@ -136,22 +197,41 @@ def main(
         raise click.BadParameter(f"'{unknown[0]}' is none of {', '.join(VARIANTS)}", param_hint="--variants")
     click.echo(f"simulating {number} particles of box {box} ...", err=True)
     data = make_data(structure, output.resolve(), box=box, angpix=angpix, number=number, snr=snr, seed=seed)
-    for name in names:
+    todo = list(names)
+    if any(VARIANTS[name].masked for name in names) and PLAIN not in names and not final_map(data, PLAIN).exists():
+        todo.insert(0, PLAIN)
+    todo.sort(key=lambda name: VARIANTS[name].masked)  # the mask needs the plain run
+    for name in todo:
         click.echo(f"refining: {name} ...", err=True)
         try:
-            hook, companion = VARIANTS[name], nullcontext
-            if watch and name != "relion":
-                hook, companion = str(HOOK), watched(name)
-            seconds = refine(data, name, hook, companion=companion, on_iteration=_show_iteration)
+            run(data, name, watch, extra.split())
         except RefinementError as error:
             sys.exit(str(error))
-        click.echo(f"  done in {seconds:.0f} s", err=True)
     rows = judge(data, names)
     click.echo("\t".join(rows[0]))
     for row in rows:
         click.echo("\t".join(str(value) for value in row.values()))
     if plot is not None:
         draw(data, names, plot)
+
+
+def run(data: Data, name: str, watch: bool, extra: Sequence[str] = ()) -> None:
+    """Refine one variant."""
+    variant = VARIANTS[name]
+    hook, companion = variant.hook(data), nullcontext
+    if watch and variant.options is not None:
+        hook, companion = str(HOOK), watched(variant)
+    search = [*LOCAL_SEARCH, *extra]
+    if variant.masked:
+        search += solvent_mask(data, make_mask(data, PLAIN))
+    seconds = refine(data, name, hook, search=search, companion=companion, on_iteration=_show_iteration)
+    click.echo(f"  done in {seconds:.0f} s", err=True)
+
+
+def final_map(data: Data, name: str) -> Path:
+    """Return the file of a run's last map, with the prior in it where there was one."""
+    beside = sorted((data.folder / name).glob("run_it*_class001_denoised.mrc"))
+    return beside[-1] if beside else data.folder / name / "run_class001.mrc"
 
 
 def _show_iteration(number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, label
 
 from cryored.errors import InputError
 from cryored.fourier import low_pass
@@ -17,6 +17,7 @@ def soft_mask(
     threshold: float = 0.1,
     extend: float = 3.0,
     edge: float = 9.0,
+    largest: bool = False,
 ) -> Volume:
     """Return a mask on the grid of a map: 1 around the molecule, 0 in the solvent, a raised cosine between.
 
@@ -35,6 +36,8 @@ def soft_mask(
         Angstrom around that where the mask is still 1.
     edge : float
         Width of the soft edge beyond, in angstrom.
+    largest : bool
+        Leave out what is not connected with the largest part: noise in the solvent of a refined map.
 
     Raises
     ------
@@ -47,5 +50,10 @@ def soft_mask(
     peak = blurred.max()
     if peak <= 0:
         raise InputError(f"a map of at most {peak:g} at {resolution:g} A, expected positive density; is it inverted?")
-    outside = distance_transform_edt(blurred < threshold * peak) * volume.voxel_size
+    inside = blurred >= threshold * peak
+    if largest:
+        parts, number = label(inside)
+        if number > 1:
+            inside = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    outside = distance_transform_edt(~inside) * volume.voxel_size
     return volume.with_data(raised_cosine((outside - extend) / max(edge, 1e-6)).astype(np.float32))

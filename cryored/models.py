@@ -45,6 +45,9 @@ class ModelCard:
     schedule : dict
         Lambda against nominal resolution as ``cryored lambda-schedule --fit`` found it for this model (see
         `cryored.lambda_schedule.parse_schedule`); empty where none was fitted.
+    weights : dict
+        Precision and gain of its maps against the FSC, by the same command (see `cryored.weights.parse_calibration`);
+        empty where none were fitted: the update is then eq. 17.
     """
 
     name: str
@@ -57,6 +60,7 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,13 +21,15 @@ from cryored.lambda_schedule import Schedule, model_schedule
 from cryored.models import Model, check_weights, find_model
 from cryored.mrc import read_array, read_volume, write_volume
 from cryored.output import check_target
-from cryored.relion import Request, Shells, read_request_file
+from cryored.relion import Request, Shells, parts_of, read_request_file
 from cryored.update import Accumulators, Array, Denoised, check_accumulators, inverse_prior, reconstruct
 from cryored.volume import Volume
+from cryored.weights import Calibration, ShellWeights, model_calibration, published_weights
 
 logger = logging.getLogger(__name__)
 
 ROOT = "{root}"  # in the name of a file to write
+DENOISED = "_denoised.mrc"  # ending of the map with the prior where RELION gets the one without
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,15 @@ class Settings:
     Parameters
     ----------
     lam : float, optional
-        Weight of the prior, 0 to 1; None derives it from the request's FSC by `schedule`.
+        Weight of the prior in eq. 17, 0 to 1; None derives it from the request's FSC.
     schedule : Schedule, optional
-        None stands for the model's own (`model_schedule`).
+        By which lambda follows the resolution, in eq. 17. None stands for the model's own (`model_schedule`) and its
+        calibrated weights (`model_calibration`), if it has these.
+    trust : float
+        Factor of the calibrated precision.
+    final : {"map", "prior"}
+        What RELION gets for the joined halves, in its last iteration: with "map" the map without the prior, and the
+        one with it lies beside that.
     extrapolate : bool
         Let the prior fill what the data do not reach (see `Denoised`).
     prior_limit : float, optional
@@ -49,6 +57,8 @@ class Settings:
 
     lam: float | None = None
     schedule: Schedule | None = None
+    trust: float = 1.0
+    final: Literal["map", "prior"] = "map"
     extrapolate: bool = False
     prior_limit: float | None = None
     threads: int | None = None
@@ -129,6 +139,23 @@ class Updater:
         """What lambda follows unless it is given as a number."""
         return self.settings.schedule or model_schedule(self.model)
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What weighs the denoised map; None stands for eq. 17."""
+        if self.settings.lam is not None or self.settings.schedule is not None:
+            return None
+        return model_calibration(self.model)
+
+    @property
+    def rule(self) -> str:
+        """Where the weights come from, in words."""
+        if self.settings.lam is not None:
+            return "eq. 17"
+        calibration = self.calibration
+        if calibration is None:
+            return f"eq. 17, lambda by {self.schedule.source}"
+        return f"calibrated in {calibration.source}"
+
     def weight(self, request: Request) -> tuple[float, float | None]:
         """Return lambda and the nominal resolution of a request."""
         lam = self.settings.lam
@@ -186,13 +213,27 @@ class Updater:
         request, regularised = maps.request, maps.regularised
         if maps.denoised is None:
             return Answer(regularised, 1.0, 0.0)
-        weight = maps.lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
-        if self.settings.prior_limit is not None:
-            weight = weight * fade_out(request.frequency, 1 / self.settings.prior_limit)
-        source = Denoised(maps.denoised.data, weight, self.settings.extrapolate)
+        weights = self.shell_weights(request, maps.lam)
+        source = Denoised(maps.denoised.data, weights.gain, weights.precision, self.settings.extrapolate)
         with timed(maps.seconds, "update"):
             data = reconstruct(maps.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
         return Answer(regularised.with_data(data), *_compare(data, regularised.data))
+
+    def shell_weights(self, request: Request, lam: float) -> ShellWeights:
+        """Return what the update takes of the denoised map in each shell.
+
+        Parameters
+        ----------
+        lam : float
+            Of eq. 17, or the share of the calibrated weights.
+        """
+        strength = lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
+        if self.settings.prior_limit is not None:
+            strength = strength * fade_out(request.frequency, 1 / self.settings.prior_limit)
+        calibration = self.calibration
+        if calibration is None:
+            return published_weights(strength)
+        return calibration(request.fsc, strength, self.settings.trust)
 
     def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
         """Do all the steps for one request."""
@@ -238,6 +279,8 @@ class Outputs:
         Remove RELION's arrays after success.
     record : dict
         What will be logged.
+    beside : str, optional
+        Where the map with the prior goes while `target` gets the one without.
     """
 
     request: Request
@@ -246,6 +289,7 @@ class Outputs:
     unregularised: str | None
     clean: bool
     record: dict[str, Any]
+    beside: str | None = None
 
     def write(self, updater: Updater, maps: Maps, answer: Answer) -> dict[str, Any]:
         """Write the maps; return what will be logged.
@@ -260,8 +304,17 @@ class Outputs:
         with timed(maps.seconds, "write"):
             if self.unregularised is not None and raw is not None:
                 write_volume(self.unregularised, raw, label="red-update unregularised")
-            label = f"red-update {card.name} {card.sha256[:8]} lambda {maps.lam:.4f}"
-            write_volume(self.target, answer.result, label=label if maps.lam > 0 else "red-update lambda 0 (MAP)")
+            plain, label = (
+                "red-update lambda 0 (MAP)",
+                f"red-update {card.name} {card.sha256[:8]} lambda {maps.lam:.4f}",
+            )
+            if maps.lam == 0:
+                write_volume(self.target, answer.result, label=plain)
+            elif self.beside is None:
+                write_volume(self.target, answer.result, label=label)
+            else:
+                write_volume(self.beside, answer.result, label=label)
+                write_volume(self.target, maps.regularised, label=plain)
             if self.own_target and request.result_star is not None:
                 # RELION would read new tau2 or FSC from it, even one that an earlier run has left.
                 request.result_star.unlink(missing_ok=True)
@@ -315,6 +368,11 @@ def plan_outputs(
         check_target(unregularised, overwrite or own)
     lam, resolution = updater.weight(request)
     card, settings = updater.model.card, updater.settings
+    beside = None
+    if settings.final == "map" and output is None and lam > 0 and is_joined(request):
+        beside = f"{request.root}{DENOISED}"
+        check_target(beside, overwrite=True)
+    weights = updater.shell_weights(request, lam)
     record: dict[str, Any] = {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cryored": __version__,
@@ -328,13 +386,31 @@ def plan_outputs(
         "nominal_resolution": None if resolution is None or np.isinf(resolution) else round(resolution, 3),
         "lambda": round(lam, 4),
         "schedule": updater.schedule.source if settings.lam is None else None,
+        "weights": {
+            "rule": updater.rule,
+            "trust": settings.trust,
+            "precision": _rounded(weights.precision[: request.r_max + 1]),
+            "gain": _rounded(weights.gain[: request.r_max + 1]),
+        },
+        "final": settings.final,
         "extrapolate": settings.extrapolate,
         "prior_limit": settings.prior_limit,
         "model": card.name,
         "model_sha256": card.sha256,
         "denoised": denoised,
+        "with_prior": beside if beside is not None else target if lam > 0 else None,
     }
-    return Outputs(request, target, output is None, unregularised, clean, record)
+    return Outputs(request, target, output is None, unregularised, clean, record, beside)
+
+
+def is_joined(request: Request) -> bool:
+    """Tell whether a request is of the joined halves, which RELION's auto-refine ends with."""
+    iteration, half = parts_of(request.root)
+    return iteration is not None and half is None and bool(request.fsc.any())
+
+
+def _rounded(values: Shells) -> list[float]:
+    return [round(float(value), 3) for value in values]
 
 
 def red_update_file(

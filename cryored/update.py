@@ -63,20 +63,23 @@ class Accumulators:
 
 @dataclass(frozen=True)
 class Denoised:
-    """A denoised map for eq. 17 and how far to trust it.
+    """A denoised map f and how far to trust it: x = (B + g f / v) / (K + 1 / v), eq. 17 where v is tau2's term.
 
     Parameters
     ----------
     data : (ori, ori, ori) float32
         In real space, on the grey scale of the map.
-    strength : (ori // 2 + 1,) float64
-        Lambda of each shell.
+    gain : (ori // 2 + 1,) float64
+        g of each shell, the lambda of eq. 17.
+    precision : (ori // 2 + 1,) float64, optional
+        By how much 1 / v exceeds the inverse prior of the shell, 1 by default.
     extrapolate : bool
-        Where tau2 is 0 and beyond r_max, take lambda times the denoised map itself, the limit of eq. 17.
+        Where tau2 is 0 and beyond r_max, take g f itself, the limit of the equation.
     """
 
     data: Array
-    strength: Shells
+    gain: Shells
+    precision: Shells | None = None
     extrapolate: bool = False
 
 
@@ -126,7 +129,7 @@ def reconstruct(
     prior : (ori // 2 + 1,) float64, optional
         `inverse_prior` of each shell: the MAP map, eq. 11. Without it the unregularised map B / K.
     denoised : Denoised, optional
-        With `prior`: the CW-RED map, eq. 17.
+        With `prior`: the CW-RED map.
     threads : int, optional
 
     Returns
@@ -152,7 +155,7 @@ class _Tables:
     reach: int  # no coefficient has a larger frequency along any axis
     prior: npt.NDArray[np.float32]  # what is added to K
     floor: npt.NDArray[np.float32]  # the least denominator
-    pull: npt.NDArray[np.float32]  # lambda / (pad**3 fudge tau2): weight of the denoised transform
+    pull: npt.NDArray[np.float32]  # g / v: weight of the denoised transform
     empty: npt.NDArray[np.bool_] | None  # where tau2 is 0 although there are data
     limit: npt.NDArray[np.float32] | None  # where not 0: the result is this times the denoised transform
 
@@ -164,7 +167,10 @@ class _Tables:
         radius = np.sqrt(np.arange(size + 1, dtype=np.float64))
         shell = np.minimum(_round_array(radius / sums.pad), sums.ori // 2)
         inside = np.arange(size + 1) < known
-        added = np.zeros(size + 1) if prior is None else np.where(inside, prior[shell], 0.0)
+        inverse = prior
+        if prior is not None and denoised is not None and denoised.precision is not None:
+            inverse = prior * denoised.precision
+        added = np.zeros(size + 1) if inverse is None else np.where(inside, inverse[shell], 0.0)
         empty = None
         if prior is not None and (prior[shell[inside]] == 0).any():
             empty = inside & (prior[shell] == 0)
@@ -174,10 +180,10 @@ class _Tables:
         floor[(floor == 0) & (added == 0)] = np.inf
         pull, limit = np.zeros(size + 1), None
         if denoised is not None and prior is not None:
-            pull = denoised.strength[shell] * added
+            pull = denoised.gain[shell] * added
             if extrapolate:
                 unknown = ~inside if empty is None else ~inside | empty
-                limit = np.where(unknown, denoised.strength[shell], 0.0).astype(np.float32)
+                limit = np.where(unknown, denoised.gain[shell], 0.0).astype(np.float32)
                 limit[-1] = 0.0
         return cls(
             reach=min(int(np.sqrt(size - 1)), sums.n // 2),

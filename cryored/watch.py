@@ -18,7 +18,7 @@ from cryored.denoise import Denoiser
 from cryored.errors import CryoredError, InputError, in_words
 from cryored.models import check_weights, find_model
 from cryored.output import check_target
-from cryored.red_update import ROOT, Answer, Maps, Outputs, Settings, Updater, load_sums, plan_outputs, timed
+from cryored.red_update import DENOISED, ROOT, Answer, Maps, Outputs, Settings, Updater, load_sums, plan_outputs, timed
 from cryored.relion import ENDING, Request, is_request, parts_of, project_folder, read_request_file
 from cryored.watching.handover import Inbox, Presence
 from cryored.watching.table import Entry, Table
@@ -195,7 +195,7 @@ class Server:
 
     def _outside(self, request: Request) -> Path | None:
         """Return a file that would be written or removed outside the folder, if there is one."""
-        touched = [request.result, request.log]
+        touched = [request.result, request.log, Path(request.root + DENOISED)]
         touched += [] if request.result_star is None else [request.result_star]
         touched += [request.data_real, request.data_imag, request.weight] if self._clean else []
         if self._unregularised is not None:
@@ -338,7 +338,12 @@ def watch_folder(
     if settings.lam != 0:
         check_weights(found)
     rule = f"{settings.lam:g}" if settings.lam is not None else updater.schedule.source
-    facts = {"Folder": folder, "Model": f"{found.card.name} ({found.card.sha256[:8]})", "Lambda": rule}
+    facts = {
+        "Folder": folder,
+        "Model": f"{found.card.name} ({found.card.sha256[:8]})",
+        "Lambda": rule,
+        "Weights": updater.rule,
+    }
     with ExitStack() as stack:
         pages = None
         if report is not None:
@@ -349,7 +354,7 @@ def watch_folder(
         if settings.lam != 0:
             updater.denoiser.load()
         presence = stack.enter_context(Presence(place, hook_options))
-        titles = (f"cryored watch {folder}", f"model {facts['Model']}", f"lambda {rule}")
+        titles = (f"cryored watch {folder}", f"model {facts['Model']}", f"lambda {rule}; weights {updater.rule}")
         table = stack.enter_context(Table(*titles, console=console))
 
         def show(entry: Entry, maps: Maps | None, answer: Answer | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -149,15 +149,32 @@ def update(command: str) -> Callable[[F], F]:
                     envvar=f"CRYORED_{command}_LAMBDA",
                     default="auto",
                     show_default=True,
-                    help="Weight of the prior: 0 is RELION's own MAP map; auto follows the FSC of the request by the "
-                    "schedule in the model's card, or by the paper's where it has none; paper is 1 at 4.5 A, 0 at "
-                    "10 A, linear between.",
+                    help="Weight of the prior. auto: the calibrated weights in the model's card, by the FSC of each "
+                    "shell; where it has none eq. 17, with lambda by its schedule or by the paper's. A number: eq. 17 "
+                    "with that lambda; 0 is RELION's own MAP map. paper: eq. 17, 1 at 4.5 A, 0 at 10 A, linear "
+                    "between.",
                 ),
                 click.option(
                     "--schedule",
                     type=PATH,
                     metavar="FILE.json",
-                    help="Schedule for auto, instead of the model's.",
+                    help="Eq. 17 with lambda by this schedule, instead of the model's weights.",
+                ),
+                click.option(
+                    "--trust",
+                    type=click.FloatRange(min=0),
+                    default=1.0,
+                    show_default=True,
+                    metavar="FACTOR",
+                    help="Multiply the calibrated precision of the denoised map: 0.5 believes it half as much.",
+                ),
+                click.option(
+                    "--final",
+                    type=click.Choice(["map", "prior"]),
+                    default="map",
+                    show_default=True,
+                    help="What RELION gets in the last iteration, of the joined halves: the plain MAP map, and the "
+                    "one with the prior lies beside it (ROOT_denoised.mrc), or the one with the prior.",
                 ),
                 angpix,
                 click.option(
@@ -186,6 +203,8 @@ def update(command: str) -> Callable[[F], F]:
 def settings(
     lam: float | str,
     schedule: str | None,
+    trust: float,
+    final: Literal["map", "prior"],
     extrapolate: bool,
     prior_limit: float | None,
     threads: int | None,
@@ -193,6 +212,8 @@ def settings(
     """Return what the options of `update` ask for."""
     if lam != "auto" and schedule is not None:
         raise click.UsageError("--schedule is for --lambda auto; give one of the two.")
+    if trust != 1 and (lam != "auto" or schedule is not None):
+        raise click.UsageError("--trust is for the calibrated weights of --lambda auto; eq. 17 knows none.")
 
     from cryored.lambda_schedule import Schedule, read_schedule
     from cryored.red_update import Settings
@@ -201,6 +222,8 @@ def settings(
     return Settings(
         lam=None if isinstance(lam, str) else lam,
         schedule=Schedule() if lam == "paper" else followed,
+        trust=trust,
+        final=final,
         extrapolate=extrapolate,
         prior_limit=prior_limit,
         threads=threads,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 
 from cryored.cli import options
@@ -40,6 +42,8 @@ def red_update(
     denoised: str | None,
     check: bool,
     clean: bool,
+    trust: float,
+    final: Literal["map", "prior"],
     extrapolate: bool,
     prior_limit: float | None,
     gpu: bool | None,
@@ -48,9 +52,9 @@ def red_update(
 ) -> None:
     """Answer one reconstruction request of RELION (relion_refine --external_reconstruct).
 
-    Computes x = (B + lambda f / tau2) / (K + 1 / tau2), with f the denoised MAP map, and writes the map that the
-    request names. A line of JSON about it is appended to ROOT_cryored.log beside the request. To put it into a
-    refinement set RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE to cryored-external-reconstruct.
+    Computes x = (B + g f / v) / (K + 1 / v), with f the denoised MAP map, g its gain and v its variance in each
+    shell, and writes the map that the request names. A line of JSON about it is appended to ROOT_cryored.log beside
+    the request. To put it into a refinement set RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE to cryored-external-reconstruct.
 
     \b
     Example, step by step what one call does, in RELION's project folder:
@@ -68,7 +72,7 @@ def red_update(
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
     from cryored.red_update import red_update_file
 
-    settings = options.settings(lam, schedule, extrapolate, prior_limit, threads)
+    settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
     record = red_update_file(
         job,
         settings,
@@ -93,7 +97,7 @@ def red_update(
             record["result"],
             record["lambda"],
             "" if resolution is None else f" at {resolution:.2f} A",
-            "" if record["schedule"] is None else f" by {record['schedule']}",
+            f", {record['weights']['rule']}" if record["lambda"] else "",
             record["device"],
             record["seconds"]["total"],
         )

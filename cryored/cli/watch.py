@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -41,6 +42,8 @@ def watch(
     lam: float | str,
     schedule: str | None,
     angpix: float | None,
+    trust: float,
+    final: Literal["map", "prior"],
     extrapolate: bool,
     prior_limit: float | None,
     clean: bool,
@@ -68,7 +71,7 @@ def watch(
 
     from cryored.watch import watch_folder
 
-    settings = options.settings(lam, schedule, extrapolate, prior_limit, threads)
+    settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
     with _ending() as stop:
         watch_folder(
             run_dir,
@@ -91,7 +94,7 @@ def _hook_options(ctx: click.Context) -> list[str]:
     """Return the words by which red-update answers as this watcher does, wherever it is called."""
     given = ctx.params
     words = ["--model", _found(given["model"]), "--lambda", str(given["lam"])]
-    for name in ("schedule", "angpix", "unregularised", "prior_limit", "threads"):
+    for name in ("schedule", "trust", "final", "angpix", "unregularised", "prior_limit", "threads"):
         value = given[name]
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(Path(value).resolve()) if name == "schedule" else str(value)]

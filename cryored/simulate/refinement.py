@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import CryoredError
-from cryored.mrc import read_volume
+from cryored.mask import soft_mask
+from cryored.mrc import read_volume, write_volume
 from cryored.output import write_text
 from cryored.simulate.density import simulate_map_file
 from cryored.simulate.particles import simulate_particles_file
@@ -37,6 +38,9 @@ GLOBAL_SEARCH = (
     *("--healpix_order", "2", "--auto_local_healpix_order", "4"),
     *("--offset_range", "5", "--offset_step", "2"),
 )
+
+MASK = "solvent_mask.mrc"  # in the folder of the run that it was made from
+_MASK_THRESHOLD = 0.2  # of the filtered map's peak; the solvent of a map at 15 A lies below
 
 _POLL = 0.2  # seconds between looks at a running refinement
 _PATIENCE = 10.0  # seconds for mpirun to end its ranks before all are killed
@@ -132,6 +136,24 @@ def make_data(
             # The stack as seen from RELION's project folder, so that the folder can be moved.
             write_text(path, path.read_text().replace(f"@{data.stack}", f"@{data.stack.name}"))
     return data
+
+
+def make_mask(data: Data, name: str) -> Path:
+    """Make a solvent mask as users do, from the map of a finished run; return its file in the run's folder.
+
+    The run's final map, low-pass filtered to 15 A, above a threshold, without islands, extended and with a soft edge:
+    what RELION's *Mask creation* does with its initial mask.
+    """
+    path = data.folder / name / MASK
+    volume = read_volume(data.folder / name / "run_class001.mrc")
+    mask = soft_mask(volume, threshold=_MASK_THRESHOLD, largest=True)
+    write_volume(str(path), mask, label="solvent mask")
+    return path
+
+
+def solvent_mask(data: Data, path: Path) -> tuple[str, ...]:
+    """Return RELION's options of a refinement within a mask, with the FSC in it corrected for the mask."""
+    return "--solvent_mask", os.path.relpath(path, data.folder), "--solvent_correct_fsc"
 
 
 def refine(

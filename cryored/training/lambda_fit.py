@@ -20,17 +20,26 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cryored.errors import InputError
 from cryored.fourier import Complexes, forward, half_frequencies, shell_index
-from cryored.lambda_schedule import Schedule, parse_schedule
+from cryored.lambda_schedule import Schedule
 from cryored.models import check_weights, find_model, write_card
 from cryored.output import check_target, write_text
 from cryored.simulate.pair_table import Pair, PairRow, read_pairs
 from cryored.training.batches import Input
+from cryored.training.calibration import (
+    Moments,
+    draw_weights,
+    fit_weights,
+    moments,
+    recorded,
+    refinement_moments,
+)
 from cryored.training.evaluation import Array, Denoise, load_pair, shown
 from cryored.volume import Floats, Volume
 
@@ -91,11 +100,14 @@ class ShellSums:
     edge : float
         Of the box, in angstrom.
     shells : tuple of Regression
+    moments : Moments, optional
+        For the calibrated weights.
     """
 
     resolution: float
     edge: float
     shells: tuple[Regression, ...]
+    moments: Moments | None = None
 
     @property
     def total(self) -> Regression:
@@ -159,8 +171,11 @@ def regress(denoise: Denoise, rows: Sequence[PairRow], input: Input) -> Iterator
         if row.truth is None:
             raise InputError(f"{row.noisy}: its table names no truth map, expected one; make the pairs anew")
         pair, voxel_size = load_pair(row)
-        denoised = denoise(Volume(shown(pair, input), voxel_size)).data
-        yield shell_sums(pair, np.asarray(denoised, dtype=np.float32), voxel_size)
+        denoised = np.asarray(denoise(Volume(shown(pair, input), voxel_size)).data, dtype=np.float32)
+        sums = shell_sums(pair, denoised, voxel_size)
+        known = row.fsc[: len(sums.shells)]
+        found = moments(row.structure, row.resolution, pair.truth, pair.noisy, denoised, known)
+        yield dataclasses.replace(sums, moments=found)
 
 
 def fit(maps: Sequence[ShellSums]) -> dict[str, Any]:
@@ -263,18 +278,19 @@ def fit_files(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Fit the schedule of a model on pairs of structures that it was not trained on; see `fit`.
+    """Fit the schedule and the weights of a model on maps of structures that it was not trained on.
 
     Parameters
     ----------
     tables : sequence of str
-        Files pairs.star.
+        Files pairs.star, and folders of recorded refinements (see `cryored.training.calibration.refinement_moments`).
+        The schedule (`fit`) comes from pairs alone; where there are none the card's stays.
     model : str
         Name or folder.
     output : str
         JSON file, or ``-``; with the names of model and structures, and the model's checksum.
     write_to_card : bool
-        Store the schedule in the model's card, where red-update finds it.
+        Store schedule and weights in the model's card, where red-update finds them.
     plot : str, optional
         PNG.
     progress : callable
@@ -293,43 +309,35 @@ def fit_files(
 
     for path in filter(None, (output, plot)):
         check_target(path, overwrite)
-    rows = [row for table in tables for row in read_pairs(table)]
+    folders = [path for path in tables if Path(path).is_dir()]
+    rows = [row for table in tables if table not in folders for row in read_pairs(table)]
     resolved = [row for row in rows if row.resolution < BINS[-1]]
     if len(resolved) < len(rows):
         left_out = len(rows) - len(resolved)
         logger.info("%d of %d pairs left out, at %g A or worse", left_out, len(rows), BINS[-1])
     found = find_model(model)
     check_weights(found)
+    denoiser = Denoiser(found, gpu=gpu, threads=threads)
+    total = len(resolved) + sum(len(recorded(folder)) for folder in folders)
     maps: list[ShellSums] = []
-    for sums in regress(Denoiser(found, gpu=gpu, threads=threads), resolved, found.card.input):
+    measured: list[Moments] = []
+    for sums in regress(denoiser, resolved, found.card.input):
         maps.append(sums)
-        progress(len(maps), len(resolved))
-    stored = fit(maps) | {
-        "structures": sorted({row.structure for row in resolved}),
-        "model": found.card.name,
-        "sha256": found.card.sha256,
-    }
+        measured += [] if sums.moments is None else [sums.moments]
+        progress(len(measured), total)
+    for folder in folders:
+        for item in refinement_moments(folder, denoiser, found.card.input):
+            measured.append(item)
+            progress(len(measured), total)
+    of_model = {"model": found.card.name, "sha256": found.card.sha256}
+    schedule = found.card.schedule
+    if resolved or not folders:
+        schedule = fit(maps) | {"structures": sorted({row.structure for row in resolved})} | of_model
+    weights = fit_weights(measured) | of_model
     if plot is not None:
-        draw_fit(plot, stored, maps)
+        draw_weights(plot, weights, measured)
     if write_to_card:
-        write_card(found.folder, dataclasses.replace(found.card, schedule=stored))
+        write_card(found.folder, dataclasses.replace(found.card, schedule=schedule, weights=weights))
+    stored = schedule | {"weights": weights}
     write_text(output, json.dumps(stored, indent=2) + "\n")
     return stored
-
-
-def draw_fit(path: str, stored: dict[str, Any], maps: Sequence[ShellSums]) -> None:
-    """Draw a fitted schedule, the paper's line and each map's own lambda, and lambda by shell, as a PNG."""
-    from cryored.plotting import new_figure, save_figure
-
-    figure = new_figure(9, 3.4)
-    left, right = figure.subplots(1, 2)
-    grid = np.linspace(2.0, OFF * 1.05, 400)
-    for schedule, style in ((parse_schedule(stored, "fit"), "-"), (Schedule(), "--")):
-        left.plot(grid, [schedule(value) for value in grid], style, label="fit" if style == "-" else schedule.source)
-    left.scatter([item.resolution for item in maps], [item.total.lam for item in maps], s=8, color="0.5", label="maps")
-    left.set(xlabel="nominal resolution (Å)", ylabel="lambda", ylim=(-0.05, 1.05))
-    left.invert_xaxis()
-    left.legend(frameon=False)
-    right.plot(stored["per_shell"]["u"], stored["per_shell"]["lambda"], ".-")
-    right.set(xlabel="spatial frequency × nominal resolution", ylabel="lambda", ylim=(-0.05, 1.05))
-    save_figure(figure, path)
