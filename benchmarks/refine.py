@@ -28,6 +28,7 @@ from cryored.simulate.refinement import (
     RELION_HOOK,
     Data,
     RefinementError,
+    final_map,
     half_maps,
     iterations,
     make_data,
@@ -226,12 +227,6 @@ def run(data: Data, name: str, watch: bool, extra: Sequence[str] = ()) -> None:
         search += solvent_mask(data, make_mask(data, PLAIN))
     seconds = refine(data, name, hook, search=search, companion=companion, on_iteration=_show_iteration)
     click.echo(f"  done in {seconds:.0f} s", err=True)
-
-
-def final_map(data: Data, name: str) -> Path:
-    """Return the file of a run's last map, with the prior in it where there was one."""
-    beside = sorted((data.folder / name).glob("run_it*_class001_denoised.mrc"))
-    return beside[-1] if beside else data.folder / name / "run_class001.mrc"
 
 
 def _show_iteration(number: int) -> None:

@@ -214,7 +214,7 @@ class Updater:
         if maps.denoised is None:
             return Answer(regularised, 1.0, 0.0)
         weights = self.shell_weights(request, maps.lam)
-        source = Denoised(maps.denoised.data, weights.gain, weights.precision, self.settings.extrapolate)
+        source = Denoised(maps.denoised.data, weights.gain, self.settings.extrapolate, weights.precision)
         with timed(maps.seconds, "update"):
             data = reconstruct(maps.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
         return Answer(regularised.with_data(data), *_compare(data, regularised.data))

@@ -71,16 +71,16 @@ class Denoised:
         In real space, on the grey scale of the map.
     gain : (ori // 2 + 1,) float64
         g of each shell, the lambda of eq. 17.
-    precision : (ori // 2 + 1,) float64, optional
-        By how much 1 / v exceeds the inverse prior of the shell, 1 by default.
     extrapolate : bool
         Where tau2 is 0 and beyond r_max, take g f itself, the limit of the equation.
+    precision : (ori // 2 + 1,) float64, optional
+        By what factor 1 / v exceeds the inverse prior of the shell; 1 by default.
     """
 
     data: Array
     gain: Shells
-    precision: Shells | None = None
     extrapolate: bool = False
+    precision: Shells | None = None
 
 
 def inverse_prior(tau2: Shells, tau2_fudge: float, pad: float) -> Shells:

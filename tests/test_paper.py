@@ -115,7 +115,9 @@ def test_each_cell_has_the_runs_that_the_experiment_asks_for():
         f"{name}:ii" for name in plan.STRUCTURES
     ]
     assert sum("cwred-limit" in runs(cell) for cell in plan.CELLS) == 2
-    assert sum({"cwred-line", "cwred-extrapolate"} <= runs(cell) for cell in plan.CELLS) == 2
+    for cell in plan.SIGNAL:
+        assert {"map-mask", "cwred-mask", "cwred-eq17"} <= runs(cell)
+        assert ("oracle" in runs(cell)) == (cell.level == "ii")  # one level of each structure
 
 
 def test_both_scales_span_the_same_resolutions():
@@ -392,10 +394,11 @@ def test_what_the_network_makes_of_substituted_noise_is_recorded(experiment, mon
     monkeypatch.setattr(work, "half_maps", lambda data, name: [grid, grid])
     monkeypatch.setattr(work, "_final_map", lambda place, name: place)
     monkeypatch.setattr(work, "substituted_volumes", lambda *args, **options: SubstitutedFsc(args[3], *np.eye(3, 13)))
-    record = work.do_run(experiment, plan.SUBSTITUTED, "substituted")
+    cell = Cell("4m82", "ii")
+    record = work.do_run(experiment, cell, "substituted")
     assert record["start"] == 12  # 24 voxels of 4 A over 8 A
     assert [curve.index(1) for curve in record["curves"].values()] == [0, 2, 1]
-    text = results.report({(plan.SUBSTITUTED, "substituted"): record}, "c")
+    text = results.report({(cell, "substituted"): record}, "c")
     assert "**Noise substitution**, 4m82:ii: mean FSC of the half-maps from 8.0 Å on" in text
 
 
@@ -459,7 +462,8 @@ def test_the_report_says_how_often_and_where(done):
     map_, prior = (
         next(row for row in rows if (row["cell"], row["run"]) == ("4m82:i", name)) for name in ("map", "cwred")
     )
-    resolutions = [f"{row['half_map_0.143_A']} / {row['truth_0.5_A']}" for row in (map_, prior)]
+    keys = ("half_map_0.143_A", "truth_0.5_A", "regularised_0.5_A")
+    resolutions = [" / ".join(row[key] for key in keys) for row in (map_, prior)]
     assert "| cell | map | cwred |\n| --- | --- | --- |" in text
     assert f"| 4m82:i | {resolutions[0]} | {resolutions[1]} |" in text
     assert f"| {prior['mean_truth_fsc']} / {prior['angular_error_deg']} |" in text

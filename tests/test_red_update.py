@@ -329,8 +329,10 @@ def test_the_log_names_the_schedule(project, tmp_path):
     for schedule, source in [({}, "the paper's line"), (nothing, "../model/card.json")]:
         write_card(tmp_path / "model", schedule=schedule)
         done = job.run()
-        assert f"lambda 0.000 at 10.80 A by {source}, CPU, no network" in done.stderr
-        assert job.records()[-1]["schedule"] == source
+        assert "lambda 0.000 at 10.80 A, CPU, no network" in done.stderr
+        record = job.records()[-1]
+        assert record["schedule"] == source
+        assert record["weights"]["rule"] == f"eq. 17, lambda by {source}"
     assert job.run("--lambda", 0).exit_code == 0
     assert job.records()[-1]["schedule"] is None
 

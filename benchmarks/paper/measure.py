@@ -16,7 +16,7 @@ from cryored.fsc import Curve, crossing_resolution, nominal_resolution, shell_co
 from cryored.mask import soft_mask
 from cryored.mrc import read_volume
 from cryored.orientation import angular_error_file
-from cryored.simulate.refinement import Data, half_maps
+from cryored.simulate.refinement import Data, final_map, half_maps
 from cryored.star import read_star
 from cryored.volume import Floats
 
@@ -43,7 +43,8 @@ def measure_refinement(data: Data, name: str) -> Record:
     run = data.folder / name
     # The reference lies as the truth does, so that a turn of the whole map is an error, too.
     errors = angular_error_file(run / "run_data.star", data.folder / "particles_truth.star")
-    truth, final = (read_volume(path).data for path in (data.truth, run / "run_class001.mrc"))
+    truth, final = (read_volume(path).data for path in (data.truth, final_map(data, name)))
+    mask = soft_mask(read_volume(data.truth)).data
     lambdas = [
         json.loads(line)["lambda"]
         for log in run.glob("run_it*_cryored.log")
@@ -51,6 +52,7 @@ def measure_refinement(data: Data, name: str) -> Record:
     ]
     return {
         "gold_standard_fsc": read_star(run / "run_model.star").numbers("model_class_1", "rlnGoldStandardFsc").tolist(),
+        "regularised_fsc": rounded(shell_correlation(final * mask, truth * mask)),
         "angular_errors": rounded(errors, 3),
         "lambda": [min(lambdas), max(lambdas)] if lambdas else None,
         "pictures": {"truth": picture(truth, truth), "map": picture(final, final)},
@@ -90,6 +92,13 @@ def truth_resolution(record: Record) -> float:
     return crossing_resolution(frequency(record), np.array(record["truth_fsc"]), TRUTH_THRESHOLD)
 
 
+def regularised_resolution(record: Record) -> float:
+    """Return where the masked FSC of the final map, with what regularised it, to the truth crosses 0.5, in angstrom."""
+    if "regularised_fsc" not in record:
+        return math.nan
+    return crossing_resolution(frequency(record), np.array(record["regularised_fsc"]), TRUTH_THRESHOLD)
+
+
 def half_map_resolution(record: Record) -> float:
     """Return where the masked FSC of the half-maps crosses 0.143, in angstrom."""
     return crossing_resolution(frequency(record), np.array(record["half_map_fsc_masked"]), MAP_THRESHOLD)
@@ -126,6 +135,12 @@ def mean_truth_fsc(record: Record, reference: Record) -> float:
     """Return the mean FSC to the truth over shells 1 up to the last above 0.5 of a reference run: MAP."""
     last = last_shell(np.array(reference["truth_fsc"]), TRUTH_THRESHOLD)
     return float(np.mean(record["truth_fsc"][1 : last + 1]))
+
+
+def oracle_share(record: Record, plain: Record, oracle: Record) -> float:
+    """Return a run's gain over MAP in mean FSC to the truth as a share of the oracle's."""
+    best = mean_truth_fsc(oracle, plain) - mean_truth_fsc(plain, plain)
+    return (mean_truth_fsc(record, plain) - mean_truth_fsc(plain, plain)) / best if best > 0 else math.nan
 
 
 def last_shell(curve: Curve, threshold: float) -> int:

@@ -78,9 +78,13 @@ class Run:
         A refinement; a reconstruction with the true angles; a model on the intermediates of the run ``map``; maps of
         the two proteins of `SWAPPED`; a model on the half-maps of ``map`` with noise in place of the signal.
     model : str, optional
-        Without one RELION's own program reconstructs.
+        Without one RELION's own program reconstructs, or the oracle.
     options : tuple of str
         Of ``cryored red-update``, besides the model.
+    masked : bool
+        With a solvent mask that is made from the final map of ``map``, and the FSC corrected for it.
+    oracle : bool
+        The truth stands in for the denoised map (benchmarks/oracle.py).
     cells : tuple of Cell, optional
         Where it is done; by default in all cells with signal.
     """
@@ -88,7 +92,14 @@ class Run:
     kind: str = "refine"
     model: str | None = None
     options: tuple[str, ...] = ()
+    masked: bool = False
+    oracle: bool = False
     cells: tuple[Cell, ...] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the weights in the model's card decide: eq. 17 with a lambda has none, nor has a single pass."""
+        return self.options[:2] == ("--lambda", "auto")
 
     def belongs_to(self, cell: Cell) -> bool:
         """Tell whether the run is one of a cell's."""
@@ -97,38 +108,40 @@ class Run:
 
 SIGNAL = tuple(Cell(structure, level) for structure in STRUCTURES for level in LEVELS)
 NOISES = (Cell("4ail", NOISE),)
-INFLATED = (Cell("4btf", "ii"), Cell("4bb9", "iii"))  # where cwred's inflation is above what is allowed
+LEVEL_II = tuple(cell for cell in SIGNAL if cell.level == "ii")
 SWAPPED = (Cell("4btf", "i"), Cell("4m82", "i"))  # proteins of about one size, for what the network leaves on every map
-SUBSTITUTED = Cell("4m82", "ii")
 CELLS = SIGNAL + NOISES
 
-# In the order in which a cell's are done: `map` comes first, as single passes need its intermediates.
+# In the order in which a cell's are done: `map` comes first, as masks and single passes are made from it.
 RUNS = {
     "map": Run(cells=CELLS),
     "true-angles": Run("true-angles"),
     "pass-cwred": Run("single-pass", "cwred"),
     "pass-cwred-paper": Run("single-pass", "cwred-paper"),
     "pass-cwred-gaussian": Run("single-pass", "cwred-gaussian"),
+    "map-mask": Run(masked=True),
     "cwred": Run(model="cwred", options=("--lambda", "auto"), cells=CELLS),
+    "cwred-mask": Run(model="cwred", options=("--lambda", "auto"), masked=True),
+    # The same network by the equation as published.
+    "cwred-eq17": Run(model="cwred", options=("--lambda", "1")),
     "cwred-paper": Run(model="cwred-paper", options=("--lambda", "paper")),
     "red": Run(model="cwred-paper", options=("--lambda", "1")),
-    "cwred-gaussian": Run(
-        model="cwred-gaussian",
-        options=("--lambda", "paper"),
-        cells=tuple(cell for cell in SIGNAL if cell.level == "ii"),
-    ),
+    "red-mask": Run(model="cwred-paper", options=("--lambda", "1"), masked=True, cells=LEVEL_II),
+    "oracle": Run(oracle=True, cells=LEVEL_II),
+    "oracle-mask": Run(oracle=True, masked=True, cells=LEVEL_II),
+    "cwred-gaussian": Run(model="cwred-gaussian", options=("--lambda", "paper"), cells=LEVEL_II),
     "cwred-limit": Run(
         model="cwred",
         options=("--lambda", "auto", "--prior-limit", "6"),
         cells=(Cell("4ail", "i"), Cell("4m82", "i")),
     ),
+    # More and less belief in the denoised map than was measured.
+    "cwred-strong": Run(model="cwred", options=("--lambda", "auto", "--trust", "4"), cells=LEVEL_II),
+    "cwred-weak": Run(model="cwred", options=("--lambda", "auto", "--trust", "0.25"), cells=LEVEL_II),
     # The schedule gives noise no prior at all: what would it make of it?
     "cwred-forced": Run(model="cwred", options=("--lambda", "1"), cells=NOISES),
-    # What might mend inflation: less prior at low resolution, or the prior in shells without data too.
-    "cwred-line": Run(model="cwred", options=("--lambda", "paper"), cells=INFLATED),
-    "cwred-extrapolate": Run(model="cwred", options=("--lambda", "auto", "--extrapolate"), cells=INFLATED),
     "swapped": Run("swapped", model="cwred", options=("--lambda", "auto"), cells=SWAPPED[1:]),
-    "substituted": Run("substituted", model="cwred", cells=(SUBSTITUTED,)),
+    "substituted": Run("substituted", model="cwred"),
 }
 
 NOISE_RUNS = tuple(name for name, run in RUNS.items() if run.model and run.belongs_to(NOISES[0]))

@@ -25,10 +25,12 @@ from paper.measure import (
     last_shell,
     mean_truth_fsc,
     median_angular_error,
+    oracle_share,
+    regularised_resolution,
     relion_resolution,
     truth_resolution,
 )
-from paper.plan import CELLS, NOISE_RUNS, NOISES, RUNS, SIGNAL, SUBSTITUTED, SWAPPED, Cell
+from paper.plan import CELLS, NOISE_RUNS, NOISES, RUNS, SIGNAL, SWAPPED, Cell
 from paper.work import Experiment, do_run
 
 Records = Mapping[tuple[Cell, str], Record]
@@ -53,7 +55,7 @@ def table_rows(records: Records) -> list[Row]:
     """Return a row for each refinement and each reconstruction with the true angles, in the order of `CELLS`."""
     rows = []
     for cell in CELLS:
-        plain = records.get((cell, "map"))
+        plain, oracle = (records.get((cell, name)) for name in ("map", "oracle"))
         for name in RUNS:
             record = records.get((cell, name))
             if record is None or record["kind"] not in ("refine", "true-angles"):
@@ -71,7 +73,9 @@ def table_rows(records: Records) -> list[Row]:
                     "relion_0.143_A": _number(relion_resolution(record), 2),
                     "half_map_0.143_A": _number(half_map_resolution(record), 3),
                     "truth_0.5_A": _number(truth_resolution(record), 3),
+                    "regularised_0.5_A": _number(regularised_resolution(record), 3),
                     "mean_truth_fsc": _number(mean_truth_fsc(record, plain) if plain else math.nan, 4),
+                    "oracle_share": _number(oracle_share(record, plain, oracle) if plain and oracle else math.nan, 2),
                     "angular_error_deg": _number(median_angular_error(record), 3),
                     "inflation": _number(inflation(record), 3),
                     "inflation_to_map": _number(inflation(record) / inflation(plain) if plain else math.nan, 3),
@@ -191,7 +195,10 @@ def _tables(records: Records) -> list[str]:
     found = {(row["cell"], row["run"]): row for row in rows}
     parts = []
     for title, keys in (
-        ("Resolution in Å: half-maps 0.143 / truth 0.5", ("half_map_0.143_A", "truth_0.5_A")),
+        (
+            "Resolution in Å: half-maps 0.143 / truth 0.5 / regularised map to the truth 0.5",
+            ("half_map_0.143_A", "truth_0.5_A", "regularised_0.5_A"),
+        ),
         ("Mean FSC to the truth / median angular error in degrees", ("mean_truth_fsc", "angular_error_deg")),
         ("Inflation / over that of MAP / excess", ("inflation", "inflation_to_map", "excess")),
     ):
@@ -240,14 +247,21 @@ def _verdicts(records: Records) -> list[str]:
     lines = []
     for name, other in (
         ("cwred", "map"),
+        ("cwred", "cwred-eq17"),
+        ("cwred", "map-mask"),
+        ("cwred-mask", "map-mask"),
+        ("red-mask", "map-mask"),
+        ("oracle", "map"),
+        ("oracle-mask", "map-mask"),
+        ("cwred-eq17", "map"),
         ("cwred", "cwred-paper"),
         ("cwred", "red"),
         ("cwred-paper", "map"),
         ("red", "map"),
         ("cwred-gaussian", "map"),
         ("cwred-limit", "map"),
-        ("cwred-line", "map"),
-        ("cwred-extrapolate", "map"),
+        ("cwred-strong", "cwred"),
+        ("cwred-weak", "cwred"),
     ):
         cells = [cell for cell in SIGNAL if all((cell, run) in records for run in (name, other, "map"))]
         if not cells:
@@ -256,16 +270,19 @@ def _verdicts(records: Records) -> list[str]:
         gains = [mean_truth_fsc(run, plain) - mean_truth_fsc(before, plain) for run, before, plain in runs]
         sharper = [truth_resolution(run) <= truth_resolution(before) for run, before, _ in runs]
         angles = [median_angular_error(run) <= median_angular_error(before) for run, before, _ in runs]
-        inflated = {
-            str(cell): inflation(run) / inflation(plain) for cell, (run, _, plain) in zip(cells, runs, strict=True)
-        }
-        more = [excess(run) - excess(plain) for run, _, plain in runs]
+        # Of runs within a mask the yardstick is MAP within it.
+        within = {cell: records.get((cell, "map-mask" if RUNS[name].masked else "map")) for cell in cells}
+        pairs = {cell: (run, within[cell]) for cell, (run, _, _) in zip(cells, runs, strict=True) if within[cell]}
+        inflated = {str(cell): inflation(run) / inflation(plain) for cell, (run, plain) in pairs.items()}
+        more = [excess(run) - excess(plain) for run, plain in pairs.values()]
+        smaller = [1 - median_angular_error(run) / median_angular_error(before) for run, before, _ in runs]
         too_much = {cell: ratio for cell, ratio in inflated.items() if ratio > INFLATION_LIMIT}
         lines.append(
             f"- **{name} against {other}**, {len(cells)} cells: mean FSC to the truth at or above in "
             f"{sum(gain >= 0 for gain in gains)}, above in {sum(gain > 0 for gain in gains)} (median "
             f"{np.median(gains):+.4f}, worst {min(gains):+.4f}); 0.5 crossing as good or better in {sum(sharper)}; "
-            f"median angular error not worse in {sum(angles)}; inflation over {INFLATION_LIMIT:g} times MAP's in "
+            f"median angular error not worse in {sum(angles)} (smaller by {np.median(smaller):.1%} in the median); "
+            f"inflation over {INFLATION_LIMIT:g} times MAP's in "
             f"{len(too_much)}"
             + (f" ({', '.join(f'{cell} {ratio:.2f}' for cell, ratio in too_much.items())})" if too_much else "")
             + f"; excess over MAP's {np.median(more):+.3f} (median), at most {max(more):+.3f}."
@@ -300,16 +317,19 @@ def _range(record: Record) -> str:
 
 
 def _substituted(records: Records) -> list[str]:
-    record = records.get((SUBSTITUTED, "substituted"))
-    if record is None:
-        return []
-    start = record["start"]
-    limit = 1 / frequency(record)[start]
-    values = ", ".join(
-        f"{name} {np.mean(curve[start:]):+.3f} (at most {max(curve[start:]):.3f})"
-        for name, curve in record["curves"].items()
-    )
-    return [f"- **Noise substitution**, {SUBSTITUTED}: mean FSC of the half-maps from {limit:.1f} Å on: {values}."]
+    lines = []
+    for cell in SIGNAL:
+        record = records.get((cell, "substituted"))
+        if record is None:
+            continue
+        start = record["start"]
+        limit = 1 / frequency(record)[start]
+        values = ", ".join(
+            f"{name} {np.mean(curve[start:]):+.3f} (at most {max(curve[start:]):.3f})"
+            for name, curve in record["curves"].items()
+        )
+        lines.append(f"- **Noise substitution**, {cell}: mean FSC of the half-maps from {limit:.1f} Å on: {values}.")
+    return ["\n".join(lines)] if lines else []
 
 
 def _swapped(records: Records) -> list[str]:

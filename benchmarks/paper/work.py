@@ -13,6 +13,7 @@ import logging
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -34,18 +35,23 @@ from cryored.mask import soft_mask
 from cryored.models import check_weights, find_model
 from cryored.mrc import read_volume
 from cryored.output import write_text
+from cryored.red_update import DENOISED
 from cryored.simulate.harvest import harvest_files
 from cryored.simulate.harvest_relion import Display
 from cryored.simulate.pair_table import read_pairs
 from cryored.simulate.refinement import (
+    MASK,
     RELION_HOOK,
     Data,
     RefinementError,
+    final_map,
     half_maps,
     iterations,
     make_data,
+    make_mask,
     refine,
     resident,
+    solvent_mask,
 )
 from cryored.substitution import substituted_volumes
 from cryored.training.evaluation import judge, load_pair, shown, weigh
@@ -56,6 +62,8 @@ from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
 logger = logging.getLogger("cryored.paper")
 
 HOOK = Path(__file__).resolve().parents[2] / "bin" / "cryored-external-reconstruct"
+ORACLE = Path(__file__).resolve().parents[1] / "oracle.py"
+PLAIN = "map"  # the run that masks and single passes are made from
 SUBSTITUTED_FROM = 8.0  # angstrom: from here on noise stands for the signal
 _NO_SIGNAL = 1e-12  # signal-to-noise ratio of what stands for none
 _EXAMPLE = 7.0  # angstrom: the intermediate nearest to it is shown
@@ -140,10 +148,14 @@ class Experiment:
         if run.model is not None:
             model = find_model(run.model)
             check_weights(model)
-            text = json.dumps([model.card.sha256, model.card.input, model.card.schedule], sort_keys=True)
+            decisive = [model.card.sha256, model.card.input, model.card.schedule]
+            decisive += [model.card.weights] if run.calibrated and model.card.weights else []
+            text = json.dumps(decisive, sort_keys=True)
             prior = hashlib.sha256(text.encode()).hexdigest()[:12]
         # A single pass depends on the refinement that its intermediates are of.
         search = [] if run.kind == "true-angles" else [*self.scale.search, *self.relion]
+        if run.masked:
+            search += ["--solvent_mask", "--solvent_correct_fsc"]
         return {"kind": run.kind, "model": run.model, "prior": prior, "options": list(run.options), "search": search}
 
     def hook_of(self, run: Run) -> str | None:
@@ -280,7 +292,12 @@ def _refine(
 ) -> Record:
     run, target = RUNS[name], data.folder / name
     hook, companion = RELION_HOOK, nullcontext
-    if run.model is not None:
+    search = [*experiment.scale.search, *experiment.relion]
+    if run.masked:
+        search += solvent_mask(data, _mask(experiment, data))
+    if run.oracle:
+        hook = shlex.join([sys.executable, str(ORACLE), str(data.truth)])
+    elif run.model is not None:
         options = ("--model", run.model, *run.options)
         hook = shlex.quote(str(HOOK))
         if experiment.hook == "watch":
@@ -291,7 +308,7 @@ def _refine(
         data,
         name,
         hook,
-        search=(*experiment.scale.search, *experiment.relion),
+        search=search,
         timeout=experiment.scale.timeout,
         companion=companion,
         on_iteration=on_iteration,
@@ -306,9 +323,22 @@ def _refine(
         except InputError as error:  # hopeless: nothing of the truth in any map
             logger.warning("%s: no intermediates for single passes: %s", cell, error)
     for path in target.glob("run_it*"):  # a hundred megabytes and more
-        if not path.name.endswith("_cryored.log"):
+        if not path.name.endswith(("_cryored.log", DENOISED)):
             path.unlink()
     return result
+
+
+def _mask(experiment: Experiment, data: Data) -> Path:
+    """Return the solvent mask of a cell, made from its plain run; a record from elsewhere did not bring that along."""
+    path = data.folder / PLAIN / MASK
+    if not path.exists():
+        if not final_map(data, PLAIN).exists():
+            search = (*experiment.scale.search, *experiment.relion)
+            refine(data, PLAIN, RELION_HOOK, search=search, timeout=experiment.scale.timeout)
+            for left in (data.folder / PLAIN).glob("run_it*"):
+                left.unlink()
+        make_mask(data, PLAIN)
+    return path
 
 
 def _reconstruct(data: Data, name: str) -> Record:
@@ -354,7 +384,7 @@ def _pass(data: Data, model: str) -> Record:
 
 def _final_map(place: Path, name: str) -> Path:
     """Return the file of a refinement's final map; a record that came from elsewhere does not bring it along."""
-    path = place / name / "run_class001.mrc"
+    path = final_map(Data(place, 0, 0.0, 0.0), name)
     if not path.exists():
         raise InputError(f"{path}: not there, expected a finished refinement; remove its record and do it again")
     return path

@@ -21,6 +21,7 @@ from cryored.errors import CryoredError
 from cryored.mask import soft_mask
 from cryored.mrc import read_volume, write_volume
 from cryored.output import write_text
+from cryored.red_update import DENOISED
 from cryored.simulate.density import simulate_map_file
 from cryored.simulate.particles import simulate_particles_file
 from cryored.simulate.structure import read_atoms
@@ -145,7 +146,7 @@ def make_mask(data: Data, name: str) -> Path:
     what RELION's *Mask creation* does with its initial mask.
     """
     path = data.folder / name / MASK
-    volume = read_volume(data.folder / name / "run_class001.mrc")
+    volume = read_volume(final_map(data, name, with_prior=False))
     mask = soft_mask(volume, threshold=_MASK_THRESHOLD, largest=True)
     write_volume(str(path), mask, label="solvent mask")
     return path
@@ -304,6 +305,18 @@ def iterations(data: Data, name: str) -> int:
 def half_maps(data: Data, name: str) -> list[npt.NDArray[np.float32]]:
     """Return RELION's two unfiltered half-maps of a finished run, made from B and K alone."""
     return [read_volume(data.folder / name / f"run_half{half}_class001_unfil.mrc").data for half in (1, 2)]
+
+
+def final_map(data: Data, name: str, *, with_prior: bool = True) -> Path:
+    """Return the file of a finished run's final map.
+
+    Parameters
+    ----------
+    with_prior : bool
+        The one with the prior, where RELION got the one without (``red-update --final map``).
+    """
+    beside = sorted((data.folder / name).glob(f"run_it*_class001{DENOISED}")) if with_prior else []
+    return beside[-1] if beside else data.folder / name / "run_class001.mrc"
 
 
 def _command(data: Data, name: str, search: Sequence[str]) -> list[str]:

@@ -233,7 +233,13 @@ def _weigh(stored: dict[str, Any]) -> Weigh:
 
 
 def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> None:
-    """Draw precision and gain with each shell's own, and the error that they leave beside eq. 17's, as a PNG."""
+    """Draw precision and gain with each shell's own, and the error that they leave beside eq. 17's, as a PNG.
+
+    Parameters
+    ----------
+    stored : dict
+        Of `fit_weights`; without it only the shells are drawn.
+    """
     from cryored.plotting import new_figure, save_figure
 
     figure = new_figure(11, 3.4)
@@ -244,7 +250,8 @@ def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> 
     values = {"gain": own, "precision": 1 / np.maximum(1 - own * tf, 1e-4)}
     for axes, name, published in ((left, "precision", "eq. 17"), (middle, "gain", "eq. 17, lambda 1")):
         axes.plot(fsc, values[name], ".", markersize=1.5, color="0.7", label="shells")
-        axes.plot(stored["fsc"], stored[name], "o-", markersize=3, label="weights")
+        if stored:
+            axes.plot(stored["fsc"], stored[name], "o-", markersize=3, label="weights")
         axes.axhline(1, color="C1", linestyle="--", linewidth=0.9, label=published)
         axes.set(xlabel="FSC of the half-maps", ylabel=name, xlim=(0, 1))
         axes.legend(frameon=False)
@@ -252,7 +259,8 @@ def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> 
     middle.set(ylim=(0, 8))
     grid = np.linspace(0.0, 1.0, 21)
     place = np.digitize(fsc, grid) - 1
-    for name, weigh in (("eq. 17, lambda 1", _published), ("weights", _weigh(stored))):
+    rules = {"eq. 17, lambda 1": _published} | ({"weights": _weigh(stored)} if stored else {})
+    for name, weigh in rules.items():
         ratio = np.concatenate(
             [item.error(*weigh(item.fsc)) / item.error(item.fsc, np.zeros_like(item.fsc)) for item in maps]
         )

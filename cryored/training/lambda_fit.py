@@ -333,7 +333,11 @@ def fit_files(
     schedule = found.card.schedule
     if resolved or not folders:
         schedule = fit(maps) | {"structures": sorted({row.structure for row in resolved})} | of_model
-    weights = fit_weights(measured) | of_model
+    weights: dict[str, Any] = {}
+    try:
+        weights = fit_weights(measured) | of_model
+    except InputError as error:
+        logger.warning("no weights: %s; the update stays eq. 17", error)
     if plot is not None:
         draw_weights(plot, weights, measured)
     if write_to_card:
