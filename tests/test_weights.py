@@ -266,7 +266,7 @@ def test_maps_without_shells_are_refused():
         measure_weights([Moments("a", 20.0, empty, empty, empty, empty, empty, empty)])
 
 
-def test_recorded_requests_are_measured():
+def test_recorded_requests_are_measured(tmp_path):
     """RELION's B and K: of a denoised map that is the truth there is nothing left but its grey scale."""
     folder = str(REQUESTS / "pka_box64_pad1")
     truth = read_volume(f"{folder}/truth.mrc")
@@ -276,8 +276,9 @@ def test_recorded_requests_are_measured():
         used = item.fsc > 0.3
         np.testing.assert_allclose(item.tf[used] ** 2, item.ff[used], rtol=1e-3)
         assert (item.tr**2 < item.rr).all()  # a noisy map
+    write_volume(tmp_path / "truth.mrc", truth, label="t")
     with pytest.raises(InputError, match=r"no request of a half-map"):
-        list(refinement_moments(str(REQUESTS / "class3d_box32_pad2" / "run"), lambda volume: volume, "regularised"))
+        list(refinement_moments(str(tmp_path), lambda volume: volume, "regularised"))
 
 
 def test_the_shipped_prior_is_calibrated():
