@@ -74,6 +74,7 @@ VARIANTS = {
     "eq17": Variant("--lambda 1"),
     "cwred-weak": Variant("--trust 0.25"),
     "cwred-strong": Variant("--trust 4"),
+    "cwred-stronger": Variant("--trust 16"),
     "paper": Variant("--lambda paper"),
     "red": Variant("--model cwred-paper --lambda 1"),
     "oracle": Variant(oracle=True),
@@ -146,22 +147,36 @@ def judge(data: Data, names: list[str]) -> list[dict[str, object]]:
 
 
 def draw(data: Data, names: list[str], path: Path) -> None:
-    """Draw the FSC to the truth of each run, and a central slice of each."""
+    """Draw the FSC to the truth of each run, unfiltered and regularised, and a central slice of each final map.
+
+    All slices have one grey scale; the truth is brought to that of the first run's map.
+    """
+    from cryored.fsc import shell_correlation
+    from cryored.mask import soft_mask
     from cryored.mrc import read_volume
     from cryored.plotting import new_figure, save_figure
 
-    figure = new_figure(4 + 2.6 * (len(names) + 1), 3.6)
-    axes = figure.subplots(1, len(names) + 2, width_ratios=[1.6] + [1] * (len(names) + 1))
+    truth = read_volume(data.truth)
+    mask = soft_mask(truth).data
+    maps = {name: read_volume(final_map(data, name)).data for name in names}
+    first = maps[names[0]]
+    scale = float(np.vdot(first, truth.data)) / float(np.vdot(truth.data, truth.data))
+    shown = {"truth": truth.data * scale, **maps}
+    white = float(np.percentile(shown["truth"], 99.8))
+
+    figure = new_figure(6.4 + 2.2 * len(shown), 3.2)
+    axes = figure.subplots(1, len(shown) + 2, width_ratios=[1.5, 1.5] + [1] * len(shown))
     frequency = np.arange(data.box // 2 + 1) / (data.box * data.angpix)
     for name in names:
-        axes[0].plot(frequency, truth_fsc(data, name), label=name)
-    axes[0].axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
-    axes[0].set(xlabel="spatial frequency (1/Å)", ylabel="FSC to the truth, masked", xlim=(0, frequency[-1]))
+        axes[0].plot(frequency[1:], truth_fsc(data, name)[1:], label=name)
+        axes[1].plot(frequency[1:], shell_correlation(maps[name] * mask, truth.data * mask)[1:], label=name)
+    for axis, title in zip(axes, ("unfiltered half-maps, averaged", "regularised final map"), strict=False):
+        axis.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
+        axis.set(xlabel="spatial frequency (1/Å)", xlim=(0, frequency[-1]), ylim=(-0.05, 1.02), title=title)
+    axes[0].set(ylabel="FSC to the truth, masked")
     axes[0].legend(frameon=False)
-    maps = {"truth": read_volume(data.truth).data}
-    maps |= {name: read_volume(final_map(data, name)).data for name in names}
-    for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
-        axis.imshow(values[data.box // 2], cmap="gray", vmin=0, vmax=float(np.percentile(values, 99.8)))
+    for axis, (name, values) in zip(axes[2:], shown.items(), strict=True):
+        axis.imshow(values[data.box // 2], cmap="gray", vmin=-0.1 * white, vmax=white)
         axis.set(title=name, xticks=[], yticks=[])
     save_figure(figure, path)
 
