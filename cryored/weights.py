@@ -58,6 +58,8 @@ class Calibration:
         Between 0 and 1, increasing.
     precision, gain : tuple of float
         At these; see `ShellWeights`. Precisions are 1 at least.
+    trust : float
+        Factor of the precision: what refinements showed to be best, where a single pass can't tell.
     source : str
         Where they come from, for logs.
     """
@@ -65,6 +67,7 @@ class Calibration:
     fsc: tuple[float, ...]
     precision: tuple[float, ...]
     gain: tuple[float, ...]
+    trust: float = 1.0
     source: str = field(default="calibration", compare=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Calibration:
         for name, values, least in (("precision", self.precision, 1.0), ("gain", self.gain, 1e-3)):
             if not all(least <= value < np.inf for value in values):
                 raise InputError(f"{self.source}: {name} {list(values)}, expected numbers from {least:g} on")
+        if not 0 <= self.trust < np.inf:
+            raise InputError(f"{self.source}: trust {self.trust:g}, expected 0 or more")
 
     def __call__(self, fsc: Shells, strength: Shells, trust: float = 1.0) -> ShellWeights:
         """Return the weights of a request's shells.
@@ -87,7 +92,7 @@ class Calibration:
         strength : (shells,) float64
             1: as calibrated; 0: the MAP map.
         trust : float
-            Factor of the calibrated precision (never below 1).
+            Further factor of the precision, which never falls below 1.
         """
         place = np.clip(fsc, self.fsc[0], self.fsc[-1])
         share = np.clip(fsc / self.fsc[0], 0.0, 1.0)
@@ -96,7 +101,7 @@ class Calibration:
             found: Shells = np.exp(np.interp(_logit(place), _logit(np.array(self.fsc)), np.log(values)))
             return 1 + share * (found - 1)
 
-        full = np.maximum(1.0, trust * at(self.precision))
+        full = np.maximum(1.0, self.trust * trust * at(self.precision))
         precision = 1 + strength * (full - 1)
         return ShellWeights(precision, strength * full * at(self.gain) / precision)
 
@@ -106,7 +111,7 @@ def _logit(fsc: Shells) -> Shells:
 
 
 def parse_calibration(content: Any, name: str) -> Calibration:
-    """Return the calibration in a stored object: the lists ``fsc``, ``precision`` and ``gain``.
+    """Return the calibration in a stored object: the lists ``fsc``, ``precision`` and ``gain``, and ``trust`` (1).
 
     Parameters
     ----------
@@ -122,9 +127,10 @@ def parse_calibration(content: Any, name: str) -> Calibration:
     """
     try:
         lists = [tuple(map(float, content[key])) for key in ("fsc", "precision", "gain")]
+        trust = float(content.get("trust", 1.0))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: no calibration ({error}); expected the lists fsc, precision and gain") from error
-    return Calibration(lists[0], lists[1], lists[2], name)
+    return Calibration(lists[0], lists[1], lists[2], trust, name)
 
 
 def model_calibration(model: Model) -> Calibration | None:

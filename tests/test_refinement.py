@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import refine
 
 from cryored.lambda_schedule import model_schedule
 from cryored.models import find_model
+from cryored.mrc import read_volume
 
 pytestmark = [
     pytest.mark.relion,
@@ -25,8 +27,8 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement")
     data = refine.make_data(str(STRUCTURE), folder, box=48, angpix=2.0, number=300, snr=0.08)
     for name in ("relion", "map", "cwred"):
-        refine.refine(data, name, refine.VARIANTS[name])
-    refine.refine(data, "watched", refine.VARIANTS["cwred"], companion=refine.watched("cwred"))
+        refine.run(data, name, watch=False)
+    refine.refine(data, "watched", str(refine.HOOK), companion=refine.watched(refine.VARIANTS["cwred"]))
     return data
 
 
@@ -83,6 +85,23 @@ def test_the_prior_was_at_work(data):
         resolution = lines[0]["nominal_resolution"]
         assert lines[0]["lambda"] == pytest.approx(schedule(resolution), abs=1e-3)  # printed with three decimals
     assert max(line["lambda"] for lines in records(data, "cwred").values() for line in lines) > 0.1
+
+
+def test_the_last_map_is_plain_and_the_one_with_the_prior_lies_beside(data):
+    """RELION's program gets the same request, and the same map comes out."""
+    (log,) = [lines for name, lines in records(data, "cwred").items() if "half" not in name]
+    assert log[0]["with_prior"].endswith("_class001_denoised.mrc")
+    beside = refine.final_map(data, "cwred")
+    assert str(beside).endswith(log[0]["with_prior"])
+    request = next(
+        path for path in (data.folder / "cwred").glob("run_it*_external_reconstruct.star") if "half" not in path.name
+    )
+    given = read_volume(request.with_suffix(".mrc")).data
+    command = ["relion_external_reconstruct", str(request.relative_to(data.folder)), "--skip_gridding"]
+    subprocess.run(command, cwd=data.folder, check=True, capture_output=True)
+    own = read_volume(request.with_suffix(".mrc")).data
+    assert np.linalg.norm(given - own) <= 1e-6 * np.linalg.norm(own)
+    assert np.linalg.norm(read_volume(beside).data - own) > 0.05 * np.linalg.norm(own)
 
 
 def test_cwred_is_at_least_as_near_to_the_truth_as_map(data):

@@ -9,7 +9,7 @@ from cryored.cli import options
 
 
 @click.command("lambda-schedule")
-@click.argument("sources", type=options.PATH, nargs=-1, metavar="[TABLE | PAIRS.star...]")
+@click.argument("sources", type=options.PATH, nargs=-1, metavar="[TABLE | PAIRS.star... FOLDER...]")
 @click.option(
     "--resolution",
     type=click.FloatRange(min=0, min_open=True),
@@ -28,11 +28,21 @@ from cryored.cli import options
     metavar="NAME_OR_PATH",
     help="The schedule in this model's card, which red-update --lambda auto follows; with --fit the model to fit for.",
 )
-@click.option("--fit", is_flag=True, help="Fit the schedule of --model to pairs of structures it was not trained on.")
+@click.option(
+    "--fit", is_flag=True, help="Fit schedule and weights of --model to maps of structures it was not trained on."
+)
 @click.option(
     "-o", "--output", type=options.PATH, default="-", metavar="FILE.json", help="With --fit, instead of stdout."
 )
-@click.option("--write-card", is_flag=True, help="Store the fitted schedule in the model's card.")
+@click.option(
+    "--trust",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="FACTOR",
+    help="With --fit, store this factor of the measured precision with the weights.",
+)
+@click.option("--write-card", is_flag=True, help="Store the fitted schedule and weights in the model's card.")
 @options.angpix
 @options.plot
 @options.device
@@ -50,6 +60,7 @@ def lambda_schedule(
     model: str | None,
     fit: bool,
     output: str,
+    trust: float,
     write_card: bool,
     angpix: float | None,
     plot: str | None,
@@ -61,8 +72,9 @@ def lambda_schedule(
 
     TABLE is an FSC table (of `cryored fsc`, RELION STAR, EMDB XML, "-" for a pipe) or one of RELION's requests;
     its nominal resolution is where the FSC falls below 0.143. The schedule is the paper's line unless --low, --high,
-    --schedule or --model say otherwise. --fit takes tables of `cryored simulate pairs` instead and prints the
-    schedule as JSON.
+    --schedule or --model say otherwise. --fit takes tables of `cryored simulate pairs` instead, and folders of
+    recorded refinements (truth.mrc, and RELION's requests in folders below), and prints as JSON the schedule and the
+    weights by which red-update --lambda auto believes the denoised map in each shell.
 
     \b
     Example:
@@ -81,6 +93,7 @@ def lambda_schedule(
                 sources,
                 model,
                 output=output,
+                trust=trust,
                 write_to_card=write_card,
                 plot=plot,
                 gpu=gpu,
@@ -121,7 +134,7 @@ def _check_usage(ctx: click.Context) -> None:
             if name in given:
                 raise click.UsageError(f"--{name} has no meaning with --fit.")
         return
-    for name in ("output", "write_card"):
+    for name in ("output", "trust", "write_card"):
         if name in given:
             raise click.UsageError(f"--{name.replace('_', '-')} has no meaning without --fit.")
     if len(values["sources"]) + (values["resolution"] is not None) != 1:

@@ -271,6 +271,7 @@ def fit_files(
     model: str,
     *,
     output: str = "-",
+    trust: float = 1.0,
     write_to_card: bool = False,
     plot: str | None = None,
     gpu: bool | None = None,
@@ -289,6 +290,8 @@ def fit_files(
         Name or folder.
     output : str
         JSON file, or ``-``; with the names of model and structures, and the model's checksum.
+    trust : float
+        Stored with the weights (see `cryored.weights.Calibration`).
     write_to_card : bool
         Store schedule and weights in the model's card, where red-update finds them.
     plot : str, optional
@@ -335,7 +338,7 @@ def fit_files(
         schedule = fit(maps) | {"structures": sorted({row.structure for row in resolved})} | of_model
     weights: dict[str, Any] = {}
     try:
-        weights = fit_weights(measured) | of_model
+        weights = fit_weights(measured) | {"trust": trust} | of_model
     except InputError as error:
         logger.warning("no weights: %s; the update stays eq. 17", error)
     if plot is not None:
