@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 _MODES = (0, 1, 2, 3, 4, 6, 12, 101)
 _COMPLEX_MODES = (3, 4)
+_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 6: 2, 12: 2}  # of a value, by mode; 101 packs two into one
 _HEADER_BYTES = 1024
+_DEFLATE_RATIO = 1032  # by which gzip can shrink at most (zlib's technical details)
 _FLOAT16_MAX = 65504.0
 _ISOTROPY = 1e-3  # relative difference of voxel edges below which they are called equal
 
@@ -127,7 +129,8 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
     Parameters
     ----------
     path : path
-        An existing file is replaced: commands ask before (`check_target`).
+        An existing file is replaced: commands ask before (`check_target`). Compressed where the name ends in .gz or
+        .bz2.
     volume : Volume
         Written as mode 2, or mode 12 with `float16`; axis order x fastest; space group 1.
     label : str
@@ -148,8 +151,14 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
         stdout_bytes().write(_encode(volume, text, float16))
         sys.stdout.flush()
         return
-    with whole_file(path) as partial, mrcfile.new(partial) as mrc:
-        _fill(mrc, volume, text, float16)
+    suffix = Path(path).suffix.lower()
+    with whole_file(path) as partial:
+        if suffix in (".gz", ".bz2"):
+            data = _encode(volume, text, float16)
+            partial.write_bytes(gzip.compress(data) if suffix == ".gz" else bz2.compress(data))
+            return
+        with mrcfile.new(partial) as mrc:
+            _fill(mrc, volume, text, float16)
 
 
 def check_finite(data: npt.NDArray[Any], name: str) -> None:
@@ -187,7 +196,7 @@ def _open(path: str | os.PathLike[str]) -> BinaryIO:
 
 def _parse(stream: BinaryIO, name: str) -> tuple[Any, npt.NDArray[Any], bool]:
     """Return header, data and whether bytes are left over."""
-    _check_header(stream, name)
+    _check_header(stream, name, _most_bytes(stream))
     try:
         mrc = MrcInterpreter(iostream=stream, permissive=True)
     except ValueError as error:
@@ -203,14 +212,42 @@ def _parse(stream: BinaryIO, name: str) -> tuple[Any, npt.NDArray[Any], bool]:
     return header, data, bool(stream.read(1))
 
 
-def _check_header(stream: BinaryIO, name: str) -> None:
-    """Refuse what is no MRC file before mrcfile makes room for the gigabytes that its first bytes ask for."""
+def _most_bytes(stream: BinaryIO) -> float:
+    """Return how many bytes a stream can hold at most, decompressed."""
+    if isinstance(stream, bz2.BZ2File):
+        return np.inf  # a run of zeros shrinks to next to nothing
+    source = stream.fileobj if isinstance(stream, gzip.GzipFile) else stream
+    at = source.tell()
+    size = source.seek(0, os.SEEK_END)
+    source.seek(at)
+    return size * _DEFLATE_RATIO if isinstance(stream, gzip.GzipFile) else size
+
+
+def _check_header(stream: BinaryIO, name: str, most: float) -> None:
+    """Refuse what is no MRC file before mrcfile makes room for the gigabytes that its first bytes ask for.
+
+    Parameters
+    ----------
+    most : float
+        Bytes that the file can hold.
+    """
     header = stream.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES:
         raise InputError(f"{name}: {len(header)} bytes, shorter than the header of an MRC file")
     modes = [int.from_bytes(header[12:16], order) for order in ("little", "big")]
     if not set(modes) & set(_MODES):
         raise InputError(f"{name}: no MRC file (its mode would be {modes[0]}), expected a map")
+    order = "<" if modes[0] in _MODES else ">"
+    nx, ny, nz, mode = np.frombuffer(header[:16], f"{order}i4").tolist()
+    extended = int(np.frombuffer(header[92:96], f"{order}i4")[0])
+    asked = _HEADER_BYTES + max(extended, 0) + abs(nx * ny * nz) * _BYTES.get(mode, 1)
+    if asked > most:
+        beside = f" and an extended header of {extended} bytes" if extended else ""
+        raise InputError(
+            f"{name}: shorter than its header says: {nx} x {ny} x {nz} values{beside} need {asked} bytes, the file "
+            f"holds at most {most:.0f}; "
+            "it was cut off, or its header is damaged"
+        )
     stream.seek(0)
 
 

@@ -232,10 +232,14 @@ def _tables(star: Star, ori: int) -> tuple[Shells, Shells]:
             "(relion_reconstruct writes such requests); the hook is for relion_refine --external_reconstruct"
         )
     columns = [star.numbers(_TAU2, label) for label in ("rlnSpectralIndex", "rlnReferenceTau2", "rlnGoldStandardFsc")]
-    index, tau2, fsc = columns
+    order = np.argsort(columns[0], kind="stable")  # the rows of a STAR table have no order
+    index, tau2, fsc = (column[order] for column in columns)
     if len(index) != ori // 2 + 1 or (index != np.arange(len(index))).any():
+        wanted = np.arange(ori // 2 + 1)
+        missing = ", ".join(str(shell) for shell in np.setdiff1d(wanted, index)[:3])
         raise InputError(
-            f"{name}: {len(index)} shells of tau2 and FSC, expected {ori // 2 + 1} in order for a box of {ori}"
+            f"{name}: {len(index)} shells of tau2 and FSC, expected each of 0 to {ori // 2} once for a box of {ori}"
+            + (f"; shell {missing} is missing" if missing else "")
         )
     for label, column in (("rlnReferenceTau2", tau2), ("rlnGoldStandardFsc", fsc)):
         bad = np.flatnonzero(~np.isfinite(column))

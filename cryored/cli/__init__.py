@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -67,6 +68,22 @@ class _LazyGroup(Program, click.Group):
         command: click.Command = getattr(importlib.import_module(f"cryored.cli.{module}"), module)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Take ``help COMMAND`` for ``COMMAND --help``, and suggest a command for one that there is not."""
+        if args[0] == "help":
+            if len(args) == 1:
+                click.echo(ctx.get_help())
+                ctx.exit()
+            args = [*args[1:], "--help"]
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command '{args[0]}'; {hint}", ctx) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -79,7 +96,7 @@ class _LazyGroup(Program, click.Group):
     epilog="Every option can be set through the environment: CRYORED_RED_UPDATE_MODEL for --model of red-update. "
     "CRYORED_MODEL_PATH adds folders of models.",
 )
-@click.version_option(__version__, prog_name="cryored", message="%(prog)s %(version)s")
+@click.version_option(__version__, "-V", "--version", prog_name="cryored", message="%(prog)s %(version)s")
 def cli() -> None:
     """Put a learned prior into cryo-EM structure determination.
 

@@ -1,0 +1,96 @@
+"""What people ran into: each with its whole kind."""
+
+import bz2
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from cryored.cli import cli
+from cryored.errors import InputError
+from cryored.mrc import read_volume, write_volume
+from cryored.relion import read_request_file
+from cryored.volume import Volume
+
+
+@pytest.fixture
+def volume():
+    return Volume(np.random.default_rng(0).standard_normal((16, 16, 16), dtype=np.float32), 1.5)
+
+
+def damaged(path, place, value, order="<"):
+    data = bytearray(path.read_bytes())
+    data[place : place + 4] = np.array([value], f"{order}i4").tobytes()
+    return bytes(data)
+
+
+@pytest.mark.parametrize("place", [0, 4, 8, 92])  # nx, ny, nz, length of the extended header
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_header_that_lies_costs_nothing(volume, tmp_path, place, pack):
+    path = tmp_path / "map.mrc"
+    write_volume(path, volume, label="t")
+    path.write_bytes(pack(damaged(path, place, 2**27)))
+    code = f"""
+import resource
+from cryored.errors import InputError
+from cryored.mrc import read_volume
+try:
+    read_volume({str(path)!r})
+except InputError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message, kilobytes = done.stdout.splitlines()
+    assert "map.mrc: shorter than its header says" in message
+    assert int(kilobytes) < 200_000
+
+
+@pytest.mark.parametrize(("ending", "unpack"), [(".mrc.gz", gzip.decompress), (".map.bz2", bz2.decompress)])
+def test_a_name_says_how_a_map_is_written(volume, tmp_path, ending, unpack):
+    path = tmp_path / f"map{ending}"
+    write_volume(path, volume, label="t")
+    assert unpack(path.read_bytes())[208:211] == b"MAP"
+    np.testing.assert_array_equal(read_volume(path).data, volume.data)
+
+
+def test_shells_in_another_order_are_the_same_shells(tmp_path):
+    source = Path(__file__).parent / "data" / "relion_requests" / "box36_pad1_c2" / "run"
+    text = (source / "run_it006_half1_class001_external_reconstruct.star").read_text()
+    head, _, rows = text.partition("_rlnGoldStandardFsc #3 \n")
+    if not rows:
+        head, _, rows = text.partition("_rlnGoldStandardFsc #3\n")
+    lines = [line for line in rows.splitlines() if line.strip()]
+    names = []
+    for name, order in (("a", lines), ("b", lines[::-1])):
+        path = tmp_path / f"{name}.star"
+        path.write_text(f"{head}_rlnGoldStandardFsc #3 \n" + "\n".join(order) + "\n")
+        names.append(read_request_file(str(path), angpix=1.0))
+    for key in ("tau2", "fsc"):
+        np.testing.assert_array_equal(getattr(names[0], key), getattr(names[1], key))
+    (tmp_path / "b.star").write_text(f"{head}_rlnGoldStandardFsc #3 \n" + "\n".join([*lines[:5], *lines[6:]]) + "\n")
+    with pytest.raises(InputError, match=r"18 shells .*, expected each of 0 to 18 once .*; shell 5 is missing"):
+        read_request_file(str(tmp_path / "b.star"), angpix=1.0)
+
+
+def test_a_mistyped_command_gets_a_suggestion():
+    done = CliRunner().invoke(cli, ["denose", "map.mrc"])
+    assert done.exit_code == 2
+    assert "No such command 'denose'; did you mean denoise?" in done.stderr
+    assert "there are simulate, train" in CliRunner().invoke(cli, ["xyz"]).stderr
+
+
+def test_help_and_version_as_people_ask_for_them():
+    def said(*words):
+        done = CliRunner().invoke(cli, words, prog_name="cryored")
+        assert done.exit_code == 0
+        return done.stdout
+
+    assert said("help", "fsc") == said("fsc", "--help")
+    assert said("help") == said("--help")
+    assert said("help", "simulate", "map") == said("simulate", "map", "--help")
+    assert said("-V") == said("--version")
