@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cryored import device
 from cryored.errors import InputError, ModelError
-from cryored.fourier import apply_shells, forward, inverse, spatial_frequency
+from cryored.fourier import apply_shells, forward, inverse, low_pass, spatial_frequency
 from cryored.models import Model, check_weights, find_model, load_network
 from cryored.resample import SAME_PIXEL, Grid, from_grid, plan_axis, to_grid
 from cryored.standardise import standard_of
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_TILE = 144  # voxels at the model's pixel size; 112 voxels cubed need about 0.5 GB
 _MARGIN = 8  # voxels of solvent around the map: what convolutions pad with at the faces is not quite solvent to them
 _OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner half of them
+_BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
+_SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
 _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
 
 Array = npt.NDArray[np.float32]
@@ -320,6 +322,13 @@ def denoise_file(
         mask_data = read_volume(mask).data
         if mask_data.shape != volume.shape:
             raise InputError(f"{mask}: shape {mask_data.shape} (z, y, x), expected that of {path}, {volume.shape}")
+    if _is_inverted(volume):
+        logger.warning(
+            "%s: density is dark on bright (at %g A the map is skewed to negative values), as of particles whose "
+            "contrast was not inverted; the prior knows bright density only: multiply the map by -1 first",
+            path,
+            max(_BLUR, 4 * volume.voxel_size),
+        )
     volume = _weighted(volume, path, half2, fsc, found, threads)
     denoiser = Denoiser(found, gpu=gpu, threads=threads, tile=tile, rotations=rotations)
     result = denoiser(volume)
@@ -330,6 +339,13 @@ def denoise_file(
     if mask_data is not None:
         result = result.with_data(result.data * mask_data)
     write_volume(output, result, label=f"denoise {found.card.name} {found.card.sha256[:8]} rotations {rotations}")
+
+
+def _is_inverted(volume: Volume) -> bool:
+    """Tell whether molecules are dark: blurred, they are the few values that differ from the solvent's many."""
+    blurred = low_pass(volume.data, volume.voxel_size, max(_BLUR, 4 * volume.voxel_size)).astype(np.float64)
+    spread = blurred.std()
+    return bool(spread > 0 and ((blurred - blurred.mean()) ** 3).mean() < -_SKEWED * spread**3)
 
 
 def _weighted(
@@ -349,6 +365,11 @@ def _weighted(
         other = read_volume(half2)
         if other.shape != volume.shape:
             raise InputError(f"{half2}: shape {other.shape} (z, y, x), expected that of {path}, {volume.shape}")
+        if np.array_equal(volume.data, other.data):
+            raise InputError(
+                f"{path} and {half2} are the same map, expected the two independent half-maps; an FSC of 1 would "
+                "pass all noise to the network"
+            )
         weights = shell_correlation(volume.data, other.data, threads=threads)
     elif fsc is not None:
         curve = read_fsc_table(fsc)

@@ -378,6 +378,7 @@ def fsc_files(
         if np.ptp(volume.data) == 0:
             raise InputError(f"{name}: all voxels are {volume.data.flat[0]:g}, expected a map with density")
     _check_shape(names[1], volume2, names[0], volume1)
+    _warn_of_doubtful(names, volume1, volume2)
     voxel_size = _common_voxel_size(names, volume1.voxel_size, volume2.voxel_size)
     box = max(volume1.shape)
 
@@ -420,6 +421,22 @@ def fsc_files(
             threads=threads,
         )
     return FscResult(names, None if mask is None else _name(mask), box, voxel_size, unmasked, masked, substituted)
+
+
+def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:
+    """Warn of two maps that are one, or that their headers place differently."""
+    if np.array_equal(volume1.data, volume2.data):
+        logger.warning("%s and %s hold the same map: its FSC with itself is 1 and tells nothing", *names)
+    places = [(volume.origin, volume.nstart) for volume in (volume1, volume2)]
+    if places[0] != places[1]:
+        words = [f"origin {origin} A, start {start}" for origin, start in places]
+        logger.warning(
+            "%s has %s, %s has %s: compared voxel by voxel all the same; shift one of them if they lie apart",
+            names[0],
+            words[0],
+            names[1],
+            words[1],
+        )
 
 
 def log_summary(result: FscResult, threshold: float = 0.143) -> None:

@@ -94,3 +94,47 @@ def test_help_and_version_as_people_ask_for_them():
     assert said("help") == said("--help")
     assert said("help", "simulate", "map") == said("simulate", "map", "--help")
     assert said("-V") == said("--version")
+
+
+@pytest.fixture
+def halves(volume, tmp_path, monkeypatch):
+    """Write two half-maps of a blob, a copy of one, one that lies elsewhere and one of the wrong sign."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    axis = np.arange(24) - 12
+    blob = np.exp(-np.add.outer(np.add.outer(axis**2, axis**2), axis**2) / 18).astype(np.float32)
+    half1, half2 = (blob + 0.05 * rng.standard_normal(blob.shape, dtype=np.float32) for _ in range(2))
+    write_volume("half1.mrc", Volume(half1, 3.0), label="t")
+    write_volume("half2.mrc", Volume(half2, 3.0), label="t")
+    write_volume("copy.mrc", Volume(half1, 3.0), label="another label")
+    write_volume("elsewhere.mrc", Volume(half2, 3.0, (3.0, 0.0, 0.0)), label="t")
+    write_volume("inverted.mrc", Volume(-half1, 3.0), label="t")
+
+
+def run(*words):
+    return CliRunner().invoke(cli, list(words))
+
+
+def test_one_map_twice_is_no_pair_of_half_maps(halves):
+    done = run("fsc", "half1.mrc", "copy.mrc")
+    assert "warning: half1.mrc and copy.mrc hold the same map" in done.stderr
+    assert "hold the same map" not in run("fsc", "half1.mrc", "half2.mrc").stderr
+    done = run("denoise", "half1.mrc", "--half2", "copy.mrc", "-o", "out.mrc")
+    assert done.exit_code == 1
+    assert "half1.mrc and copy.mrc are the same map, expected the two independent half-maps" in done.stderr
+    assert not Path("out.mrc").exists()
+
+
+def test_maps_in_different_places_are_named(halves):
+    done = run("fsc", "half1.mrc", "elsewhere.mrc")
+    assert done.exit_code == 0
+    assert "half1.mrc has origin (0.0, 0.0, 0.0) A, start (0, 0, 0), elsewhere.mrc has origin (3.0, 0.0, 0.0) A" in (
+        done.stderr
+    )
+    assert "has origin" not in run("fsc", "half1.mrc", "half2.mrc").stderr
+
+
+def test_dark_density_is_noticed(halves, monkeypatch):
+    monkeypatch.setattr("cryored.denoise.Denoiser.__call__", lambda self, volume: volume)
+    assert "density is dark on bright" in run("denoise", "inverted.mrc", "-o", "a.mrc").stderr
+    assert "dark on bright" not in run("denoise", "half1.mrc", "-o", "b.mrc").stderr
