@@ -378,7 +378,6 @@ def fsc_files(
         if np.ptp(volume.data) == 0:
             raise InputError(f"{name}: all voxels are {volume.data.flat[0]:g}, expected a map with density")
     _check_shape(names[1], volume2, names[0], volume1)
-    _warn_of_doubtful(names, volume1, volume2)
     voxel_size = _common_voxel_size(names, volume1.voxel_size, volume2.voxel_size)
     box = max(volume1.shape)
 
@@ -420,6 +419,7 @@ def fsc_files(
             gpu=gpu,
             threads=threads,
         )
+    _warn_of_doubtful(names, volume1, volume2)
     return FscResult(names, None if mask is None else _name(mask), box, voxel_size, unmasked, masked, substituted)
 
 
