@@ -221,7 +221,7 @@ def test_options_come_from_the_environment_too(tmp_path):
         ["fsc", HALF1, HALF2, "-q", "--star", "-"],
         ["fsc", HALF1, HALF2, "-q", "--resolution-only"],
         [*MAP, "-o", "-"],
-        ["lambda-schedule", "--resolution", "5"],
+        ["lambda-schedule", "--resolution", "5", "-q"],
     ],
     ids=lambda words: "-".join(Path(word).stem for word in words),
 )

@@ -195,15 +195,24 @@ def test_resolution_of_tables_and_requests(path, resolution):
     ],
 )
 def test_prints_one_bare_number(run, arguments, expected):
-    done = run(*arguments)
+    done = run(*arguments, *([] if "--low" in arguments else ["--low", 10]))
     assert done.exit_code == 0
     assert done.stdout == expected
-    assert done.stderr == ""
+    assert re.fullmatch(r"by 1 at \S+ A, 0 at \S+ A, at \S+ A\n", done.stderr)
+
+
+def test_says_what_red_update_would_do(run):
+    """Where the paper's line has nothing, the shipped model's schedule is still 1."""
+    done = run("--resolution", 12)
+    assert done.stdout == "1\n"
+    assert "cwred/card.json, at 12.00 A" in done.stderr
+    assert run("--resolution", 12, "--model", "cwred-paper").stdout == "0\n"
+    assert run("--resolution", 12, "--high", 4.5).stdout == "0\n"
 
 
 @pytest.mark.parametrize("path", [path for path, _ in SOURCES], ids=lambda path: path.name)
 def test_a_table_as_argument(run, path):
-    done = run(path)
+    done = run(path, "--low", 10)
     assert done.exit_code == 0, done.stderr
     assert NUMBER.match(done.stdout)
     assert float(done.stdout) == pytest.approx(Schedule()(source_resolution(str(path))), abs=1e-6)
@@ -217,7 +226,7 @@ def test_a_request_without_pixel_size(run, tmp_path):
     assert done.stdout == ""
     assert "holds no pixel size" in done.stderr
     assert run(path, "--angpix", 1.5).stdout == run(REQUEST).stdout
-    assert run(path, "--angpix", 3).stdout == "0\n"
+    assert run(path, "--angpix", 3, "--low", 10).stdout == "0\n"
 
 
 def test_a_request_without_fsc(run):
@@ -230,7 +239,7 @@ def test_a_request_without_fsc(run):
 def test_a_table_through_a_pipe(run):
     halves = [PKA / f"run_half{half}_class001_unfil.mrc" for half in (1, 2)]
     table = CliRunner().invoke(cli, ["fsc", *map(str, halves), "-q"]).stdout
-    assert run("-", stdin=table).stdout == f"{Schedule()(96 / 21):.6g}\n"
+    assert run("-", "--low", 10, stdin=table).stdout == f"{Schedule()(96 / 21):.6g}\n"
     text = (PKA / "postprocess.star").read_text()
     assert run("-", stdin=text).stdout == "1\n"
 
@@ -240,7 +249,11 @@ def test_pipes_between_processes():
     command = [sys.executable, "-m", "cryored"]
     with subprocess.Popen([*command, "fsc", "-q", first, second], stdout=subprocess.PIPE) as producer:
         done = subprocess.run(
-            [*command, "lambda-schedule", "-"], stdin=producer.stdout, capture_output=True, text=True, check=True
+            [*command, "lambda-schedule", "-q", "--low", "10", "-"],
+            stdin=producer.stdout,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     assert producer.returncode == 0
     assert done.stdout == f"{Schedule()(96 / 21):.6g}\n"

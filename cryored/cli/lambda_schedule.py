@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import click
 from click.core import ParameterSource
 
 from cryored.cli import options
+from cryored.models import DEFAULT_MODEL
 
 
 @click.command("lambda-schedule")
@@ -25,6 +28,8 @@ from cryored.cli import options
 @click.option("--schedule", type=options.PATH, metavar="FILE.json", help="A stored schedule, instead of --low, --high.")
 @click.option(
     "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
     metavar="NAME_OR_PATH",
     help="The schedule in this model's card, which red-update --lambda auto follows; with --fit the model to fit for.",
 )
@@ -57,7 +62,7 @@ def lambda_schedule(
     low: float,
     high: float,
     schedule: str | None,
-    model: str | None,
+    model: str,
     fit: bool,
     output: str,
     trust: float,
@@ -71,10 +76,12 @@ def lambda_schedule(
     """Print lambda, the weight of the prior, as one number; or fit it with --fit.
 
     TABLE is an FSC table (of `cryored fsc`, RELION STAR, EMDB XML, "-" for a pipe) or one of RELION's requests;
-    its nominal resolution is where the FSC falls below 0.143. The schedule is the paper's line unless --low, --high,
-    --schedule or --model say otherwise. --fit takes tables of `cryored simulate pairs` instead, and folders of
-    recorded refinements (truth.mrc, and RELION's requests in folders below), and prints as JSON the schedule and the
-    weights by which red-update --lambda auto believes the denoised map in each shell.
+    its nominal resolution is where the FSC falls below 0.143. The schedule is that of --model, which red-update
+    --lambda auto follows; --low and --high give the paper's line between them.
+
+    --fit takes tables of `cryored simulate pairs` instead, and folders of recorded refinements (truth.mrc, and
+    RELION's requests in folders below), and prints as JSON the schedule and the weights by which red-update --lambda
+    auto believes the denoised map in each shell.
 
     \b
     Example:
@@ -87,7 +94,6 @@ def lambda_schedule(
         from cryored.cli.progress import bar
         from cryored.training.lambda_fit import fit_files
 
-        assert model is not None
         with bar("maps", 0) as advance:
             fit_files(
                 sources,
@@ -111,24 +117,29 @@ def lambda_schedule(
         check_target(plot, overwrite)
     if schedule is not None:
         chosen = tool.read_schedule(schedule)
-    elif model is not None:
-        chosen = tool.model_schedule(find_model(model))
-    else:
+    elif {"low", "high"} & _given(ctx):
         chosen = tool.linear_schedule(low, high)
+    else:
+        chosen = tool.model_schedule(find_model(model))
     if resolution is None:
         resolution = tool.source_resolution(sources[0], angpix)
     click.echo(f"{chosen(resolution):.6g}")
+    logging.getLogger("cryored").info("by %s, at %.2f A", chosen.source, resolution)
     if plot is not None:
         tool.draw_schedule(plot, chosen, resolution)
 
 
+def _given(ctx: click.Context) -> set[str]:
+    """Return the options that the user named."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
 def _check_usage(ctx: click.Context) -> None:
-    values = ctx.params
-    given = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    values, given = ctx.params, _given(ctx)
     if values["plot"] == "-":
         raise click.UsageError("--plot needs the name of a file.")
     if values["fit"]:
-        if not values["sources"] or values["model"] is None:
+        if not values["sources"] or "model" not in given:
             raise click.UsageError("--fit needs PAIRS.star and --model.")
         for name in ("resolution", "low", "high", "schedule", "angpix"):
             if name in given:
