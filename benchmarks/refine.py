@@ -74,7 +74,6 @@ VARIANTS = {
     "eq17": Variant("--lambda 1"),
     "cwred-weak": Variant("--trust 0.25"),
     "cwred-strong": Variant("--trust 4"),
-    "cwred-stronger": Variant("--trust 16"),
     "paper": Variant("--lambda paper"),
     "red": Variant("--model cwred-paper --lambda 1"),
     "oracle": Variant(oracle=True),

@@ -26,7 +26,7 @@ COLOURS = {
     "cwred-limit": "tab:purple",
     "cwred-forced": "tab:brown",
 }
-SHOWN = ("map", "map-mask", "cwred", "cwred-mask", "oracle")
+SHOWN = ("map", "map-mask", "cwred-eq17", "cwred", "cwred-mask", "oracle")
 PASSES = tuple(name for name, run in RUNS.items() if run.kind == "single-pass")
 
 
