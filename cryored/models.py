@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from cryored.output import whole_file, write_text
 
 DEFAULT_MODEL = "cwred"
 WEIGHTS = "model.keras"
+_WIDEST, _DEEPEST = 256, 7  # a network of depth 8 sees tiles of 512 voxels at once
 CARD = "card.json"
 PATH_VARIABLE = "CRYORED_MODEL_PATH"
 
@@ -100,9 +102,39 @@ def find_model(name_or_path: str) -> Model:
         card = ModelCard(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path}: no usable model card ({error}); train writes one") from error
-    if card.input not in ("regularised", "unregularised"):
-        raise ModelError(f"{path}: input is '{card.input}', expected 'regularised' or 'unregularised'")
+    _check_card(card, path)
     return Model(folder, card)
+
+
+def _check_card(card: ModelCard, path: Path) -> None:
+    """Refuse a card whose fields are not what `ModelCard` says, naming field, found and expected."""
+
+    def number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+    def whole(value: object, most: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+    ends = card.resolution_range
+    for name, good, expected in (
+        ("name", isinstance(card.name, str) and bool(card.name), "a name"),
+        ("input", card.input in ("regularised", "unregularised"), "'regularised' or 'unregularised'"),
+        ("pixel_size", number(card.pixel_size), "a positive number of angstroms"),
+        ("width", whole(card.width, _WIDEST), f"a whole number from 1 to {_WIDEST}"),
+        ("depth", whole(card.depth, _DEEPEST), f"a whole number from 1 to {_DEEPEST}"),
+        ("sha256", isinstance(card.sha256, str), "the checksum of the weights"),
+        (
+            "resolution_range",
+            len(ends) == 2 and all(map(number, ends)) and ends[0] <= ends[1],
+            "two positive numbers of angstroms, the better one first",
+        ),
+        *(
+            (name, isinstance(getattr(card, name), dict), "an object")
+            for name in ("training", "evaluation", "schedule", "weights")
+        ),
+    ):
+        if not good:
+            raise ModelError(f"{path}: {name} is {getattr(card, name)!r}, expected {expected}")
 
 
 def check_weights(model: Model) -> None:

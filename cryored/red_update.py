@@ -17,6 +17,7 @@ import numpy as np
 from cryored import __version__
 from cryored.denoise import Denoiser, crossover, fade_out
 from cryored.errors import InputError
+from cryored.fsc import whole_set_fsc
 from cryored.lambda_schedule import Schedule, model_schedule
 from cryored.models import Model, check_weights, find_model
 from cryored.mrc import read_array, read_volume, write_volume
@@ -160,7 +161,8 @@ class Updater:
         """Return lambda and the nominal resolution of a request."""
         lam = self.settings.lam
         if lam is not None:
-            return lam, request.nominal_resolution() if request.fsc.any() else None
+            known = request.pixel_size > 0 and request.fsc.any()
+            return lam, request.nominal_resolution() if known else None
         resolution = request.nominal_resolution()
         return self.schedule(resolution), resolution
 
@@ -227,13 +229,17 @@ class Updater:
         lam : float
             Of eq. 17, or the share of the calibrated weights.
         """
+        if lam == 0:
+            return published_weights(np.zeros_like(request.fsc))
         strength = lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
         if self.settings.prior_limit is not None:
             strength = strength * fade_out(request.frequency, 1 / self.settings.prior_limit)
         calibration = self.calibration
         if calibration is None:
             return published_weights(strength)
-        return calibration(request.fsc, strength, self.settings.trust)
+        # RELION regularises the joined halves by the FSC that their sum has to the truth: sqrt(2 FSC / (1 + FSC)).
+        fsc = np.sqrt(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
+        return calibration(fsc, strength, self.settings.trust)
 
     def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
         """Do all the steps for one request."""
@@ -458,7 +464,7 @@ def red_update_file(
     begin = time.monotonic()
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):
-        request = read_request_file(job, angpix=angpix)
+        request = read_request_file(job, angpix=angpix, needs_pixel_size=settings.lam != 0)
         found = find_model(model)
         updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
         outputs = plan_outputs(

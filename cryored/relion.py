@@ -52,7 +52,7 @@ class Request:
     tau2, fsc : (ori // 2 + 1,) float64
         As in the request, tau2 without the fudge factor and padding that eq. 11 needs.
     pixel_size : float
-        In angstrom.
+        In angstrom; 0 where nothing tells it, and nobody needs it.
     """
 
     star: Path
@@ -122,7 +122,9 @@ def is_request(path: str) -> bool:
         return False
 
 
-def read_request_file(path: str, *, folder: Path = CURRENT, angpix: float | None = None) -> Request:
+def read_request_file(
+    path: str, *, folder: Path = CURRENT, angpix: float | None = None, needs_pixel_size: bool = True
+) -> Request:
     """Read a request from a file, or for ``-`` from a pipe: it is then taken as lying where its result goes.
 
     Parameters
@@ -131,7 +133,7 @@ def read_request_file(path: str, *, folder: Path = CURRENT, angpix: float | None
         As RELION names it.
     folder : Path
         RELION's project folder, which relative paths are seen from.
-    angpix : float, optional
+    angpix, needs_pixel_size
         See `read_request`.
     """
     if is_stream(path):
@@ -140,7 +142,7 @@ def read_request_file(path: str, *, folder: Path = CURRENT, angpix: float | None
         star = dataclasses.replace(star, name=str(result.with_suffix(".star")))
     else:
         star = read_star(folder / path)
-    return read_request(star, folder=folder, angpix=angpix)
+    return read_request(star, folder=folder, angpix=angpix, needs_pixel_size=needs_pixel_size)
 
 
 def project_folder(star: Path) -> Path:
@@ -158,7 +160,9 @@ def project_folder(star: Path) -> Path:
     raise InputError(f"{star}: its result {result} lies in another folder, expected beside it")
 
 
-def read_request(star: Star, *, folder: Path = CURRENT, angpix: float | None = None) -> Request:
+def read_request(
+    star: Star, *, folder: Path = CURRENT, angpix: float | None = None, needs_pixel_size: bool = True
+) -> Request:
     """Interpret RELION's request (3.1, 4 or 5).
 
     Parameters
@@ -169,6 +173,8 @@ def read_request(star: Star, *, folder: Path = CURRENT, angpix: float | None = N
     angpix : float, optional
         Pixel size in angstrom; else the request's (RELION 4 and 5), else that of the run's latest
         ``_model.star`` beside it.
+    needs_pixel_size : bool
+        Without it, one that cannot be found is 0: the MAP map, RELION's own answer, does not depend on it.
 
     Raises
     ------
@@ -213,7 +219,7 @@ def read_request(star: Star, *, folder: Path = CURRENT, angpix: float | None = N
         r_max=current // 2,
         tau2=tau2,
         fsc=fsc,
-        pixel_size=_pixel_size(star, ori, angpix),
+        pixel_size=_pixel_size(star, ori, angpix, needs_pixel_size),
     )
 
 
@@ -251,7 +257,7 @@ def _tables(star: Star, ori: int) -> tuple[Shells, Shells]:
     return tau2, fsc
 
 
-def _pixel_size(star: Star, ori: int, angpix: float | None) -> float:
+def _pixel_size(star: Star, ori: int, angpix: float | None, needed: bool) -> float:
     if angpix:
         return angpix
     text = star.find_text(_GENERAL, "rlnPixelSize")
@@ -269,6 +275,8 @@ def _pixel_size(star: Star, ori: int, angpix: float | None) -> float:
             continue
         if 0 < size < math.inf and same_box:
             return size
+    if not needed:
+        return 0.0
     raise InputError(
         f"{star.name}: holds no pixel size (RELION 3.1 writes none), and there is no _model.star of this run with a "
         f"box of {ori} beside it; give it with --angpix"

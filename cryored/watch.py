@@ -136,7 +136,12 @@ class Server:
             try:
                 order.accept()
                 with timed(seconds, "read"):
-                    request = read_request_file(order.star, folder=order.folder, angpix=self._angpix)
+                    request = read_request_file(
+                        order.star,
+                        folder=order.folder,
+                        angpix=self._angpix,
+                        needs_pixel_size=self._updater.settings.lam != 0,
+                    )
                     outside = self._outside(request)
                     if outside is not None:
                         logger.warning("%s: %s lies outside %s: declined", order.star, outside, self._folder)

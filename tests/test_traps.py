@@ -2,6 +2,8 @@
 
 import bz2
 import gzip
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,14 +37,13 @@ def test_a_header_that_lies_costs_nothing(volume, tmp_path, place, pack):
     write_volume(path, volume, label="t")
     path.write_bytes(pack(damaged(path, place, 2**27)))
     code = f"""
-import resource
 from cryored.errors import InputError
 from cryored.mrc import read_volume
 try:
     read_volume({str(path)!r})
 except InputError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     message, kilobytes = done.stdout.splitlines()
@@ -138,3 +139,52 @@ def test_dark_density_is_noticed(halves, monkeypatch):
     monkeypatch.setattr("cryored.denoise.Denoiser.__call__", lambda self, volume: volume)
     assert "density is dark on bright" in run("denoise", "inverted.mrc", "-o", "a.mrc").stderr
     assert "dark on bright" not in run("denoise", "half1.mrc", "-o", "b.mrc").stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("pixel_size", 0, "a positive number of angstroms"),
+        ("pixel_size", "x", "a positive number of angstroms"),
+        ("pixel_size", None, "a positive number of angstroms"),
+        ("pixel_size", float("nan"), "a positive number of angstroms"),
+        ("pixel_size", True, "a positive number of angstroms"),
+        ("depth", -1, "a whole number from 1 to 7"),
+        ("depth", 9, "a whole number from 1 to 7"),
+        ("width", 2.5, "a whole number from 1 to 256"),
+        ("name", None, "a name"),
+        ("input", "raw", "'regularised' or 'unregularised'"),
+        ("sha256", None, "the checksum of the weights"),
+        ("resolution_range", [20, 3], "two positive numbers of angstroms"),
+        ("resolution_range", [3], "two positive numbers of angstroms"),
+        ("schedule", [], "an object"),
+        ("weights", "x", "an object"),
+    ],
+)
+def test_a_card_is_checked_when_it_is_read(tmp_path, field, value, expected):
+    source = Path(__file__).parents[1] / "share" / "models" / "cwred" / "card.json"
+    (tmp_path / "card.json").write_text(json.dumps(json.loads(source.read_text()) | {field: value}))
+    done = run("denoise", "map.mrc", "-o", "out.mrc", "--model", str(tmp_path))
+    assert done.exit_code == 1
+    assert done.stderr.count("\n") == 1
+    assert f"{tmp_path}/card.json: {field} is " in done.stderr
+    assert f"expected {expected}" in done.stderr
+
+
+def test_lambda_0_needs_no_pixel_size(tmp_path, monkeypatch):
+    """RELION's own program does not ask for it either."""
+    source = Path(__file__).parent / "data" / "relion_requests" / "box32_pad2"
+    root = "run/run_it004_half1_class001_external_reconstruct"
+    shutil.copytree(source, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    for path in Path("run").glob("*_model.star"):
+        path.unlink()
+    done = run("red-update", f"{root}.star")
+    assert done.exit_code == 1
+    assert "holds no pixel size" in done.stderr
+    done = run("red-update", f"{root}.star", "--lambda", "0")
+    assert done.exit_code == 0, done.stderr
+    expected = read_volume(f"{root}_expected_map.mrc").data
+    found = read_volume(f"{root}.mrc")
+    assert np.linalg.norm(found.data - expected) <= 1e-6 * np.linalg.norm(expected)
+    assert found.voxel_size == 0

@@ -12,7 +12,7 @@ from cryored.cli import cli
 from cryored.errors import InputError
 from cryored.models import find_model
 from cryored.mrc import read_array, read_volume, write_volume
-from cryored.relion import read_request
+from cryored.relion import read_request, read_request_file
 from cryored.star import read_star
 from cryored.training.calibration import Moments, fit_weights, measure_weights, moments, refinement_moments
 from cryored.update import Accumulators, Denoised, inverse_prior, reconstruct
@@ -201,6 +201,17 @@ def test_the_last_iteration_is_plain_and_the_prior_lies_beside(project):
     assert project(JOINED, "--denoised", "denoised.mrc", "-o", "mine.mrc").exit_code == 0
     np.testing.assert_array_equal(read_volume("mine.mrc").data, with_prior)
     assert not beside.exists()
+
+
+def test_the_joined_halves_count_as_what_they_are_together(project):
+    """Their sum is nearer to the truth than the FSC between them says."""
+    assert project(JOINED, "--denoised", "denoised.mrc").exit_code == 0
+    request = read_request_file(f"{JOINED}_external_reconstruct.star")
+    shells = request.r_max + 1
+    fsc = np.clip(request.fsc[:shells], 0, 1)
+    expected = calibration()(np.sqrt(2 * fsc / (1 + fsc)), np.ones(shells))
+    np.testing.assert_allclose(record_of(JOINED)["weights"]["gain"], expected.gain, atol=1e-3)
+    np.testing.assert_allclose(record_of(JOINED)["weights"]["precision"], expected.precision, atol=1e-3)
 
 
 def test_halves_get_the_prior_until_then(project):
