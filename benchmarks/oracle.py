@@ -9,7 +9,6 @@ of the request's own map, since particles and maps are not on the truth's.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -36,7 +35,6 @@ def answer(truth_path: str, job: str) -> None:
         scale = np.float32(0)
     result = updater.answer(request, sums, denoised=truth.with_data(truth.data * scale)).result
     write_volume(str(request.result), result, label="truth as the prior")
-    Path(f"{request.root}_cryored.log").touch()
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_both_halves_are_served_and_the_watcher_ends_cleanly(watch):
     for root in HALVES:
         check(root, ["watch"])
     watcher.send_signal(signal.SIGTERM)
-    assert watcher.wait(60) == 0
+    assert watcher.wait(10) == 0
     assert presence()["state"].strip() == "ended"
     assert said(watcher).count("run_it004_half1_class001: ") == 1  # a line a request
     status, errors = ended(hook(HALVES[0]))
