@@ -310,10 +310,8 @@ class Outputs:
         with timed(maps.seconds, "write"):
             if self.unregularised is not None and raw is not None:
                 write_volume(self.unregularised, raw, label="red-update unregularised")
-            plain, label = (
-                "red-update lambda 0 (MAP)",
-                f"red-update {card.name} {card.sha256[:8]} lambda {maps.lam:.4f}",
-            )
+            plain = "red-update lambda 0 (MAP)"
+            label = f"red-update {card.name} {card.sha256[:8]} lambda {maps.lam:.4f}"
             if maps.lam == 0:
                 write_volume(self.target, answer.result, label=plain)
             elif self.beside is None:

@@ -50,7 +50,7 @@ class Calibration:
     """Precision and gain of a model's denoised maps against the FSC of the shell.
 
     Straight lines of their logarithms over the logit of the FSC, constant beyond the last point. Below the first,
-    where there is little to calibrate on, both go linearly to 1 at an FSC of 0, which is eq. 17 with lambda 1.
+    where there is little to calibrate on, both go linearly to 1 at an FSC of 0: eq. 17 with lambda 1, but for `trust`.
 
     Parameters
     ----------
