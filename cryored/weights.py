@@ -50,7 +50,7 @@ class Calibration:
     """Precision and gain of a model's denoised maps against the FSC of the shell.
 
     Straight lines of their logarithms over the logit of the FSC, constant beyond the last point. Below the first,
-    where there is little to calibrate on, both go linearly to 1 at an FSC of 0: eq. 17 with lambda 1, but for `trust`.
+    where there is little to calibrate on, both go linearly to 1 at an FSC of 0, trust and all: eq. 17 with lambda 1.
 
     Parameters
     ----------
@@ -99,11 +99,12 @@ class Calibration:
 
         def at(values: tuple[float, ...]) -> Shells:
             found: Shells = np.exp(np.interp(_logit(place), _logit(np.array(self.fsc)), np.log(values)))
-            return 1 + share * (found - 1)
+            return found
 
-        full = np.maximum(1.0, self.trust * trust * at(self.precision))
+        full = 1 + share * (np.maximum(1.0, self.trust * trust * at(self.precision)) - 1)
+        gain = 1 + share * (at(self.gain) - 1)
         precision = 1 + strength * (full - 1)
-        return ShellWeights(precision, strength * full * at(self.gain) / precision)
+        return ShellWeights(precision, strength * full * gain / precision)
 
 
 def _logit(fsc: Shells) -> Shells:

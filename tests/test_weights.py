@@ -68,6 +68,8 @@ def test_half_the_strength_is_the_mean_of_both_updates_numerator_and_denominator
 def test_trust_multiplies_the_precision_down_to_the_priors_own():
     fsc = np.array([0.2, 0.9])
     np.testing.assert_allclose(calibration()(fsc, np.ones(2), 4.0).precision, [8, 80])
+    # It fades with the precision that it multiplies.
+    np.testing.assert_allclose(calibration()(np.array([0.1, 0.0]), np.ones(2), 4.0).precision, [4.5, 1])
     np.testing.assert_allclose(calibration()(fsc, np.ones(2), 0.1).precision, [1, 2])
 
 
