@@ -4,6 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+_TOLD = 64  # width of the two layers that read what the network is told
+
+
+def condition(
+    fsc: npt.NDArray[np.float64] | None, frequency: npt.NDArray[np.float64], model_pixel: float, knots: int
+) -> npt.NDArray[np.float32]:
+    """Return what a network is told of the data: the half-maps' FSC at fixed frequencies, and that it is known.
+
+    Parameters
+    ----------
+    fsc : (shells,) float64, optional
+        None where it is not known: all is 0 then, and training has seen that too.
+    frequency : (shells,) float64
+        Of the shells, in 1/angstrom, increasing.
+    model_pixel : float
+        The model's pixel size in angstrom: the frequencies go up to its Nyquist frequency.
+    knots : int
+
+    Returns
+    -------
+    (knots + 1,) float32
+    """
+    told = np.zeros(knots + 1, dtype=np.float32)
+    if fsc is not None:
+        at = (np.arange(knots) + 0.5) / knots * 0.5 / model_pixel
+        told[:knots] = np.interp(at, frequency, np.clip(fsc, 0.0, 1.0), right=0.0)
+        told[knots] = 1.0
+    return told
+
 
 def build_unet(
     width: int = 4,
@@ -13,6 +45,8 @@ def build_unet(
     l2: float = 0.0,
     dtype: str = "float32",
     synchronized: bool = False,
+    knots: int = 0,
+    uncertainty: bool = False,
 ) -> Any:
     """Build the residual network: it predicts what has to be subtracted from its input.
 
@@ -31,11 +65,17 @@ def build_unet(
         Keras' name for the precision, such as ``mixed_bfloat16``; weights and output are float32 in any case.
     synchronized : bool
         Normalise over the batches of all devices together (TensorFlow; the other back-ends need no telling).
+    knots : int
+        Numbers that tell how good the data are (`condition`): they scale and shift the features below full
+        resolution (FiLM; Perez et al. 2018, AAAI 32). 0 builds the published network, which sees the map alone.
+    uncertainty : bool
+        A second channel: the logarithm of the variance of what is left of the error.
 
     Returns
     -------
     keras.Model
-        (batch, z, y, x, 1) float32 to the same shape; z, y, x are multiples of ``2**depth``.
+        (batch, z, y, x, 1) float32 to (batch, z, y, x, 1 or 2); z, y, x are multiples of ``2**depth``. With `knots`
+        the inputs are a list, the second being (batch, knots + 1) float32.
     """
     import keras
     from keras import layers
@@ -44,15 +84,33 @@ def build_unet(
     kernel: dict[str, Any] = {"use_bias": False, "kernel_regularizer": penalty, "dtype": dtype}
     average: dict[str, Any] = {"momentum": momentum, "epsilon": 1e-5, "synchronized": synchronized, "dtype": dtype}
 
-    def stage(x: Any, channels: int) -> Any:
+    told = None
+    inputs: Any = layers.Input((None, None, None, 1))
+    x = inputs
+    if knots:
+        quality = layers.Input((knots + 1,))
+        inputs = [x, quality]
+        told = quality
         for _ in range(2):
+            told = layers.Dense(_TOLD, activation="relu", dtype=dtype)(told)
+
+    def stage(x: Any, channels: int) -> Any:
+        for part in range(2):
             x = layers.BatchNormalization(**average)(x)
+            if told is not None and part == 1 and channels > width:
+                # Not at full resolution, where it would cost a third of the time. At first it changes nothing.
+                scale, shift = (
+                    layers.Reshape((1, 1, 1, channels), dtype=dtype)(
+                        layers.Dense(channels, kernel_initializer="zeros", bias_initializer=start, dtype=dtype)(told)
+                    )
+                    for start in ("ones", "zeros")
+                )
+                x = layers.Add(dtype=dtype)([layers.Multiply(dtype=dtype)([x, scale]), shift])
             x = layers.ReLU(dtype=dtype)(x)
             x = layers.Conv3D(channels, 3, padding="same", **kernel)(x)
         return x
 
-    inputs = layers.Input((None, None, None, 1))
-    x = layers.Conv3D(width, 3, padding="same", **kernel)(inputs)
+    x = layers.Conv3D(width, 3, padding="same", **kernel)(x)
     skips = []
     for level in range(depth):
         x = stage(x, width * 2**level)
@@ -64,5 +122,6 @@ def build_unet(
         x = layers.Concatenate(dtype=dtype)([x, skips[level]])
         x = stage(x, width * 2**level)
     # Starting from zero, the untrained network returns its input unchanged.
-    outputs = layers.Conv3D(1, 1, kernel_initializer="zeros", kernel_regularizer=penalty, dtype="float32")(x)
+    channels = 2 if uncertainty else 1
+    outputs = layers.Conv3D(channels, 1, kernel_initializer="zeros", kernel_regularizer=penalty, dtype="float32")(x)
     return keras.Model(inputs, outputs, name=f"unet_width{width}_depth{depth}")
