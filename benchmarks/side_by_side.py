@@ -162,7 +162,7 @@ def model_method(name: str) -> Method:
     denoiser = Denoiser(model, gpu=False, threads=THREADS)
     denoiser.load()
     settings = f"weights {model.card.sha256[:8]}"
-    return Method(model.card.name, model.card.input, settings, lambda volume, fsc: denoiser(volume).data)
+    return Method(model.card.name, model.card.input, settings, lambda volume, fsc: denoiser(volume, fsc).data)
 
 
 def smoothers() -> dict[str, Smooth]:

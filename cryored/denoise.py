@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ import numpy.typing as npt
 from cryored import device
 from cryored.errors import InputError, ModelError
 from cryored.fourier import apply_shells, forward, inverse, low_pass, spatial_frequency
-from cryored.models import Model, check_weights, find_model, load_network
-from cryored.resample import SAME_PIXEL, Grid, from_grid, plan_axis, to_grid
+from cryored.models import Model, check_uncertainty, check_weights, find_model, load_network
+from cryored.network import condition
+from cryored.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
 from cryored.standardise import standard_of
-from cryored.volume import Floats, Volume, raised_cosine, window
+from cryored.volume import Volume, raised_cosine, window
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,10 @@ _OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner ha
 _BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
 _SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
 _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
+_LOG_VARIANCE = (-16.0, 6.0)  # between these training has a gradient; what lies beyond means no more
 
 Array = npt.NDArray[np.float32]
+Curve = npt.NDArray[np.float64]
 Network = Callable[[Array], Array]
 Grids = tuple[Grid, Grid, Grid]
 
@@ -91,7 +95,8 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
     Parameters
     ----------
     network : callable
-        Takes and returns (..., z, y, x) float32; edges must be multiples of `multiple`.
+        Takes (..., z, y, x) float32, with edges that are multiples of `multiple`; returns any number of maps of that
+        shape.
     data : (..., z, y, x) float32
         Standardised; the solvent is 0. Several maps go through the network together.
     tile : int
@@ -102,30 +107,38 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
     Returns
     -------
     (..., z, y, x) float32
+        The maps that the network returns.
     """
     tile = max(_round_up(tile, multiple), _least_tile(multiple))
-    *maps, z, y, x = data.shape
-    padded_shape = tuple(_round_up(n, multiple) for n in (z, y, x))
-    padded = window(data, (*maps, *padded_shape))
-    result = np.zeros(padded.shape, dtype=np.float32)
+    padded_shape = tuple(_round_up(n, multiple) for n in data.shape[-3:])
+    padded = window(data, (*data.shape[:-3], *padded_shape))
+    result: Array | None = None
     weight = np.zeros(padded_shape, dtype=np.float32)
     for corner in itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)):
         part = tuple(slice(start, min(start + tile, n)) for start, n in zip(corner, padded_shape, strict=True))
         ramps = [_ramp(along, n) for along, n in zip(part, padded_shape, strict=True)]
         blend = ramps[0][:, None, None] * ramps[1][None, :, None] * ramps[2][None, None, :]
         place: tuple[Any, ...] = (..., *part)
-        result[place] += network(np.ascontiguousarray(padded[place])) * blend
+        found = network(np.ascontiguousarray(padded[place]))
+        if result is None:
+            result = np.zeros((*found.shape[:-3], *padded_shape), dtype=np.float32)
+        result[place] += found * blend
         weight[part] += blend
-    return window(result / weight, data.shape)
+    assert result is not None
+    return window(result / weight, (*result.shape[:-3], *data.shape[-3:]))
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the network sees of a map: standardised, at its own pixel size; `data` is None where it sees nothing."""
+    """What the network sees of a map: standardised, at its own pixel size; `data` is None where it sees nothing.
+
+    `told` is what a network with knots is told of the data, (knots + 1,).
+    """
 
     grids: Grids
     deviation: float
     data: Array | None
+    told: Array | None
 
 
 @dataclass
@@ -154,37 +167,60 @@ class Denoiser:
     _loaded_on: str = ""
     _on_cpu: Any = None  # the network again, for when the GPU's memory does not suffice
 
-    def __call__(self, volume: Volume) -> Volume:
+    def __call__(self, volume: Volume, fsc: Curve | None = None) -> Volume:
         """Denoise a map: the input minus what the network takes for its error.
 
         The map is resampled to the model's pixel size, standardised as a whole, and the network's output is
         scaled and resampled back. Beyond the model's Nyquist frequency a regularised map stays as it is, and an
         unregularised one, which is mostly noise there, is cut.
 
+        Parameters
+        ----------
+        volume : Volume
+        fsc : (max(shape) // 2 + 1,) float64, optional
+            Of the half-maps, in the shells k / (max(shape) * voxel_size) of the map's own box: a model with knots is
+            told how good the data are, others take no notice. None: unknown.
+
         Raises
         ------
         InputError
-            The pixel size is unknown.
+            The pixel size is unknown, or the FSC is of another box.
         ModelError
             The machine's memory does not suffice, even in the smallest tiles.
         """
-        return self.denoise_all([volume])[0]
+        return self.denoise_all([volume], [fsc])[0]
 
-    def denoise_all(self, volumes: Sequence[Volume]) -> list[Volume]:
+    def denoise_all(self, volumes: Sequence[Volume], fscs: Sequence[Curve | None] | None = None) -> list[Volume]:
         """Denoise several maps as `__call__` does, in one network call where their grids are alike."""
-        seen = [self._see(volume) for volume in volumes]
-        results = list(volumes)
-        shapes = {one.data.shape for one in seen if one.data is not None}
-        for shape in shapes:
-            alike = [i for i, one in enumerate(seen) if one.data is not None and one.data.shape == shape]
-            errors = self._errors(np.stack([seen[i].data for i in alike]))  # type: ignore[misc]
-            for i, error in zip(alike, errors, strict=True):
-                results[i] = self._subtract(volumes[i], seen[i], error * np.float32(seen[i].deviation))
-        for i, one in enumerate(seen):
-            # All power lies beyond what the network sees; a constant map stays as it is.
-            if one.data is None and one.deviation > 0:
-                results[i] = self._subtract(volumes[i], one, np.zeros([g.resampled for g in one.grids], np.float32))
-        return results
+        seen = [self._see(*one) for one in zip(volumes, fscs or [None] * len(volumes), strict=True)]
+        found = self._find(seen)
+        return [self._subtract(*one) for one in zip(volumes, seen, (outputs[0] for outputs in found), strict=True)]
+
+    def with_uncertainty(self, volume: Volume, fsc: Curve | None = None) -> tuple[Volume, Volume]:
+        """Denoise a map as `__call__` does, and tell how far it may be off.
+
+        Returns
+        -------
+        Volume
+            The denoised map.
+        Volume
+            On its grid and in its units the standard deviation that the model expects of each voxel's remaining error,
+            the difference to what it was trained towards (`ModelCard.target`). It counts errors up to the model's
+            Nyquist frequency, whatever the map's: a finer map has others beyond, which nobody has estimated. Over
+            tiles and rotations it is the variance that is averaged, although the mean of several estimates is better
+            than each. 0 for a map without contrast at the model's pixel size.
+
+        Raises
+        ------
+        InputError, ModelError
+            As `__call__`; and the model tells no uncertainty.
+        """
+        check_uncertainty(self.model)
+        seen = self._see(volume, fsc)
+        (error, variance) = self._find([seen])[0]
+        # Linear interpolation: the ringing of a Fourier transform would make small variances negative.
+        sigma = np.sqrt(interpolate(variance, seen.grids)) * np.float32(seen.deviation)
+        return self._subtract(volume, seen, error), volume.with_data(sigma)
 
     def load(self) -> None:
         """Load the network now instead of at the first map."""
@@ -192,24 +228,51 @@ class Denoiser:
             self._loaded_on = device.set_up(self.gpu, self.threads)
             self._network = load_network(self.model)
 
-    def _see(self, volume: Volume) -> _Seen:
+    def _see(self, volume: Volume, fsc: Curve | None) -> _Seen:
         if volume.voxel_size <= 0:
             raise InputError("the map's pixel size is unknown (0); give it with --angpix")
         z, y, x = (plan_axis(n, volume.voxel_size, self.model.card.pixel_size) for n in volume.shape)
-        grids = (z, y, x)
+        grids, told = (z, y, x), self._told(volume, fsc)
         standard = standard_of(volume.data, volume.voxel_size)
         if standard.deviation == 0:
-            return _Seen(grids, 0.0, None)
+            return _Seen(grids, 0.0, None, told)
         sampled = to_grid(volume.data, grids, standard.level)
         # The scale is taken at the model's pixel size, where the network was trained.
         inner = standard_of(sampled, volume.voxel_size * z.padded / z.resampled)
         if inner.deviation == 0:
-            return _Seen(grids, standard.deviation, None)
-        return _Seen(grids, inner.deviation, inner.apply(sampled).astype(np.float32, copy=False))
+            return _Seen(grids, standard.deviation, None, told)
+        return _Seen(grids, inner.deviation, inner.apply(sampled).astype(np.float32, copy=False), told)
+
+    def _told(self, volume: Volume, fsc: Curve | None) -> Array | None:
+        card = self.model.card
+        if not card.knots:
+            return None
+        longest = max(volume.shape)
+        if fsc is not None and len(fsc) != longest // 2 + 1:
+            raise InputError(f"an FSC of {len(fsc)} shells, expected {longest // 2 + 1} for a box of {longest}")
+        frequency = np.arange(longest // 2 + 1) / (longest * volume.voxel_size)
+        return condition(fsc, frequency, card.pixel_size, card.knots)
+
+    def _find(self, seen: Sequence[_Seen]) -> list[Array]:
+        """Return the network's output for each map: (channels, z, y, x), standardised; 0 where it sees nothing."""
+        channels = 2 if self.model.card.uncertainty else 1
+        found = [np.zeros((channels, *(grid.resampled for grid in one.grids)), np.float32) for one in seen]
+        shapes = {one.data.shape for one in seen if one.data is not None}
+        for shape in shapes:
+            alike = [i for i, one in enumerate(seen) if one.data is not None and one.data.shape == shape]
+            data = np.stack([seen[i].data for i in alike])  # type: ignore[misc]
+            told = np.stack([seen[i].told for i in alike]) if self.model.card.knots else None  # type: ignore[misc]
+            outputs = self._outputs(data, told).reshape(len(alike), channels, *shape)
+            for i, output in zip(alike, outputs, strict=True):
+                found[i] = output
+        return found
 
     def _subtract(self, volume: Volume, seen: _Seen, error: Array) -> Volume:
+        """Return a map without its error (z, y, x), which is standardised and at the model's pixel size."""
+        if seen.deviation == 0:
+            return volume  # constant
         card = self.model.card
-        error = from_grid(error, seen.grids).astype(np.float32, copy=False)
+        error = from_grid(error * np.float32(seen.deviation), seen.grids).astype(np.float32, copy=False)
         if volume.voxel_size >= card.pixel_size * (1 - SAME_PIXEL):
             return volume.with_data(volume.data - error)
         weight = crossover(spatial_frequency(volume.shape, volume.voxel_size), volume.voxel_size, card.pixel_size)
@@ -217,12 +280,12 @@ class Denoiser:
         kept = forward(volume.data, self.threads) * (1 if card.input == "regularised" else weight)
         return volume.with_data(inverse(kept - faded, volume.shape, self.threads).astype(np.float32))
 
-    def _errors(self, data: Array) -> Array:
-        """Return the network's output for (map, z, y, x); where memory is short in smaller pieces, then on the CPU."""
+    def _outputs(self, data: Array, told: Array | None) -> Array:
+        """Return what `_predict` does, of maps of any size; short of memory in smaller pieces, then on the CPU."""
         self.load()
         self.device_name = self._loaded_on
         try:
-            return self._rotated(data)
+            return self._rotated(data, told)
         except Exception as error:
             if not device.is_out_of_memory(error):
                 raise
@@ -236,37 +299,42 @@ class Denoiser:
                 logger.warning(
                     "%s: not enough memory for the smallest tiles; this map goes to the CPU", self._loaded_on
                 )
-                return self._errors_on_cpu(data)
+                return self._outputs_on_cpu(data, told)
             else:
                 raise ModelError(
                     f"not enough memory for the network with tiles of {self.tile} voxels, the smallest; free some, "
                     "or use a machine with more"
                 ) from error
-        return np.concatenate([self._errors(data[i : i + 1]) for i in range(len(data))])
+        parts = [slice(i, i + 1) for i in range(len(data))]
+        return np.concatenate([self._outputs(data[part], None if told is None else told[part]) for part in parts])
 
-    def _errors_on_cpu(self, data: Array) -> Array:
+    def _outputs_on_cpu(self, data: Array, told: Array | None) -> Array:
         with device.cpu():
             if self._on_cpu is None:
                 self._on_cpu = load_network(self.model)
             # The next map tries the GPU again: RELION may have let go of its memory by then.
             gpu, self._network = self._network, self._on_cpu
             try:
-                errors = self._rotated(data)
+                outputs = self._rotated(data, told)
             finally:
                 self._network = gpu
         self.device_name = f"CPU (memory of {self._loaded_on} too small)"
-        return errors
+        return outputs
 
-    def _rotated(self, data: Array) -> Array:
-        """Return the network's output averaged over rotations."""
+    def _rotated(self, data: Array, told: Array | None) -> Array:
+        """Return what `_predict` does, in tiles and averaged over rotations."""
         multiple = 2**self.model.card.depth
-        total = np.zeros_like(data)
+        network = self._predict if told is None else partial(self._predict, told=told)
+        total: Array | None = None
         padded = window(data, (len(data), *(n + 2 * _MARGIN for n in data.shape[1:])))
         for rotation in cube_rotations()[: self.rotations]:
             turned = np.stack([rotate(one, rotation) for one in padded])
-            turned = predict_tiled(self._predict, turned, tile=self.tile, multiple=multiple)
+            turned = predict_tiled(network, turned, tile=self.tile, multiple=multiple)
+            if total is None:
+                total = np.zeros((len(turned), *data.shape[1:]), dtype=np.float32)
             for sum_, one in zip(total, turned, strict=True):
                 sum_ += window(rotate_back(one, rotation), sum_.shape)
+        assert total is not None
         return total / np.float32(self.rotations)
 
     def _smaller_tile(self, shape: tuple[int, ...]) -> int | None:
@@ -276,8 +344,21 @@ class Denoiser:
         smaller = max(_round_up(now // 2, multiple), _least_tile(multiple))
         return smaller if smaller < _round_up(now, multiple) else None
 
-    def _predict(self, data: Array) -> Array:
-        return np.asarray(self._network.predict_on_batch(data[..., None]), dtype=np.float32)[..., 0]
+    def _predict(self, data: Array, told: Array | None = None) -> Array:
+        """Run the network on (maps, z, y, x).
+
+        Returns
+        -------
+        (maps * channels, z, y, x) float32
+            The error of each map, followed by the variance of what is left of it where the model tells that: variances
+            add up over tiles and rotations, their logarithms do not.
+        """
+        inputs = data[..., None] if told is None else [data[..., None], told]
+        output = np.asarray(self._network.predict_on_batch(inputs), dtype=np.float32)
+        if not self.model.card.uncertainty:
+            return output[..., 0]
+        variance = np.exp(np.clip(output[..., 1], *_LOG_VARIANCE))
+        return np.stack([output[..., 0], variance], axis=1).reshape(-1, *data.shape[1:])
 
 
 def denoise_file(
@@ -288,6 +369,8 @@ def denoise_file(
     half2: str | None = None,
     fsc: str | None = None,
     mask: str | None = None,
+    uncertainty: str | None = None,
+    chimerax: str | None = None,
     angpix: float | None = None,
     rotations: int = 1,
     tile: int = DEFAULT_TILE,
@@ -306,13 +389,27 @@ def denoise_file(
     half2, fsc : str, optional
         The other half-map, or an FSC table: `path` is then a raw half-map and is weighted by the FSC first.
     mask : str, optional
-        Soft mask that multiplies the result.
-    """
-    from cryored.mrc import read_volume, write_volume
-    from cryored.output import check_target
+        Soft mask that multiplies the results.
+    uncertainty : str, optional
+        MRC file for the standard deviation of the remaining error, or ``-``.
+    chimerax : str, optional
+        Script that shows both maps (see `cryored.chimerax`).
 
-    check_target(output, overwrite)
+    Raises
+    ------
+    InputError, OutputError, ModelError
+        An input cannot be used, an output cannot be written, or the model tells no uncertainty that is asked for.
+    """
+    from cryored.chimerax import coloured_surface
+    from cryored.mrc import read_volume, write_volume
+    from cryored.output import check_target, write_text
+
+    for target in (output, uncertainty, chimerax):
+        if target is not None:
+            check_target(target, overwrite)
     found = find_model(model)
+    if uncertainty is not None:
+        check_uncertainty(found)
     check_weights(found)
     volume = read_volume(path, angpix=angpix)
     if volume.voxel_size <= 0:
@@ -329,16 +426,24 @@ def denoise_file(
             path,
             max(_BLUR, 4 * volume.voxel_size),
         )
-    volume = _weighted(volume, path, half2, fsc, found, threads)
+    if found.card.input == "unregularised" and (half2 or fsc):
+        logger.info("%s takes raw maps: %s is not weighted by an FSC", found.card.name, path)
+    curve = _known_fsc(volume, path, half2, fsc, found, threads)
+    volume = _weighted(volume, path, curve, found, threads)
     denoiser = Denoiser(found, gpu=gpu, threads=threads, tile=tile, rotations=rotations)
-    result = denoiser(volume)
+    results = [denoiser(volume, curve)] if uncertainty is None else [*denoiser.with_uncertainty(volume, curve)]
     if denoiser.device_name:
         logger.info("denoised with %s on %s", found.card.name, denoiser.device_name)
     else:
         logger.info("%s is constant: returned as it is", path)
     if mask_data is not None:
-        result = result.with_data(result.data * mask_data)
-    write_volume(output, result, label=f"denoise {found.card.name} {found.card.sha256[:8]} rotations {rotations}")
+        results = [result.with_data(result.data * mask_data) for result in results]
+    by = f"{found.card.name} {found.card.sha256[:8]} rotations {rotations}"
+    write_volume(output, results[0], label=f"denoise {by}")
+    if uncertainty is not None:
+        write_volume(uncertainty, results[1], label=f"denoise uncertainty {by}")
+        if chimerax is not None:
+            write_text(chimerax, coloured_surface(chimerax, output, uncertainty, results[0], results[1]))
 
 
 def _is_inverted(volume: Volume) -> bool:
@@ -348,19 +453,16 @@ def _is_inverted(volume: Volume) -> bool:
     return bool(spread > 0 and ((blurred - blurred.mean()) ** 3).mean() < -_SKEWED * spread**3)
 
 
-def _weighted(
+def _known_fsc(
     volume: Volume, path: str, half2: str | None, fsc: str | None, model: Model, threads: int | None
-) -> Volume:
-    """Weight a raw half-map by its FSC, where the network wants that."""
+) -> Curve | None:
+    """Return the half-maps' FSC in the map's shells, where it is given and the model has a use for it."""
     from cryored.fsc import shell_correlation
     from cryored.fsc_table import read_fsc_table
     from cryored.mrc import read_volume
 
-    weights: Floats
-    if model.card.input == "unregularised":
-        if half2 or fsc:
-            logger.info("%s takes raw maps: %s is not weighted by an FSC", model.card.name, path)
-        return volume
+    if model.card.input == "unregularised" and not model.card.knots:
+        return None
     if half2 is not None:
         other = read_volume(half2)
         if other.shape != volume.shape:
@@ -370,20 +472,27 @@ def _weighted(
                 f"{path} and {half2} are the same map, expected the two independent half-maps; an FSC of 1 would "
                 "pass all noise to the network"
             )
-        weights = shell_correlation(volume.data, other.data, threads=threads)
-    elif fsc is not None:
+        return shell_correlation(volume.data, other.data, threads=threads)
+    if fsc is not None:
         curve = read_fsc_table(fsc)
         shells = np.arange(max(volume.shape) // 2 + 1) / (max(volume.shape) * volume.voxel_size)
         # A table that ends early knows nothing beyond: no weight there.
-        weights = np.interp(shells, curve.frequency, curve.fsc, right=0.0)
-    else:
+        return np.interp(shells, curve.frequency, curve.fsc, right=0.0)
+    return None
+
+
+def _weighted(volume: Volume, path: str, curve: Curve | None, model: Model, threads: int | None) -> Volume:
+    """Weight a raw half-map by its FSC, where the network wants that."""
+    if model.card.input == "unregularised":
+        return volume
+    if curve is None:
         logger.info(
             "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
             "--half2 or --fsc",
             path,
         )
         return volume
-    return volume.with_data(apply_shells(volume.data, np.clip(weights, 0.0, 1.0), threads))
+    return volume.with_data(apply_shells(volume.data, np.clip(curve, 0.0, 1.0), threads))
 
 
 def _least_tile(multiple: int) -> int:

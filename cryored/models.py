@@ -21,6 +21,7 @@ from cryored.output import whole_file, write_text
 DEFAULT_MODEL = "cwred"
 WEIGHTS = "model.keras"
 _WIDEST, _DEEPEST = 256, 7  # a network of depth 8 sees tiles of 512 voxels at once
+_MOST_KNOTS = 1024
 CARD = "card.json"
 PATH_VARIABLE = "CRYORED_MODEL_PATH"
 
@@ -50,6 +51,12 @@ class ModelCard:
     weights : dict
         Precision and gain of its maps against the FSC, by the same command (see `cryored.weights.parse_calibration`);
         empty where none were fitted: the update is then eq. 17.
+    knots : int
+        Numbers that tell the network how good the data are (`cryored.network.condition`); 0: it sees the map alone.
+    uncertainty : bool
+        The network also tells the variance of what is left of the error.
+    target : {"weighted", "truth"}
+        What it was trained towards: the truth times the FSC, or the truth itself in all shells that the data determine.
     """
 
     name: str
@@ -63,6 +70,9 @@ class ModelCard:
     evaluation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
+    knots: int = 0
+    uncertainty: bool = False
+    target: Literal["weighted", "truth"] = "weighted"
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,8 @@ def _check_card(card: ModelCard, path: Path) -> None:
     def number(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
-    def whole(value: object, most: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+    def whole(value: object, most: int, least: int = 1) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
     ends = card.resolution_range
     for name, good, expected in (
@@ -132,6 +142,9 @@ def _check_card(card: ModelCard, path: Path) -> None:
             (name, isinstance(getattr(card, name), dict), "an object")
             for name in ("training", "evaluation", "schedule", "weights")
         ),
+        ("knots", whole(card.knots, _MOST_KNOTS, 0), f"a whole number from 0 to {_MOST_KNOTS}"),
+        ("uncertainty", isinstance(card.uncertainty, bool), "true or false"),
+        ("target", card.target in ("weighted", "truth"), "'weighted' or 'truth'"),
     ):
         if not good:
             raise ModelError(f"{path}: {name} is {getattr(card, name)!r}, expected {expected}")
@@ -150,8 +163,23 @@ def check_weights(model: Model) -> None:
         )
 
 
+def check_uncertainty(model: Model) -> None:
+    """Raise `ModelError` if the network does not tell how uncertain it is."""
+    if not model.card.uncertainty:
+        raise ModelError(
+            f"{model.folder}: the model tells no uncertainty, expected one with uncertainty true in its {CARD}; take "
+            "another with --model, or leave --uncertainty out"
+        )
+
+
 def load_network(model: Model) -> Any:
-    """Check the weights and load the Keras network. The device must be set up before (`cryored.device`)."""
+    """Check the weights and load the Keras network. The device must be set up before (`cryored.device`).
+
+    Raises
+    ------
+    ModelError
+        The file cannot be loaded, or its inputs and outputs are not those of the card.
+    """
     check_weights(model)
     import keras
 
@@ -159,9 +187,23 @@ def load_network(model: Model) -> Any:
         network = keras.saving.load_model(model.weights, compile=False, safe_mode=True)
     except (ValueError, OSError, TypeError) as error:
         raise ModelError(f"{model.weights}: no Keras model that can be loaded ({error})") from error
+    _check_fit(model, network)
     # XLA compiles for minutes and runs slower on a CPU.
     network.compile(jit_compile=False)
     return network
+
+
+def _check_fit(model: Model, network: Any) -> None:
+    """Refuse a network whose inputs and outputs are not what the card says."""
+    card = model.card
+    found = [[tensor.shape[-1] for tensor in tensors] for tensors in (network.inputs, network.outputs)]
+    expected = [[1, card.knots + 1] if card.knots else [1], [2 if card.uncertainty else 1]]
+    if found != expected:
+        raise ModelError(
+            f"{model.weights}: a network with channels {found[0]} in and {found[1]} out, but by its card (knots "
+            f"{card.knots}, uncertainty {str(card.uncertainty).lower()}) it has {expected[0]} and {expected[1]}; "
+            "install the model again"
+        )
 
 
 def save_model(folder: Path, network: Any, card: ModelCard) -> Model:

@@ -204,7 +204,8 @@ class Updater:
         with timed(seconds, "network"):
             raw = self.model.card.input == "unregularised"
             denoised = self.denoiser.denoise_all(
-                [self.add_unregularised(maps) if raw else maps.regularised for maps in left]
+                [self.add_unregularised(maps) if raw else maps.regularised for maps in left],
+                [known_fsc(maps.request) for maps in left],
             )
         for maps, volume in zip(left, denoised, strict=True):
             maps.denoised = volume
@@ -237,9 +238,8 @@ class Updater:
         calibration = self.calibration
         if calibration is None:
             return published_weights(strength)
-        # RELION regularises the joined halves by the FSC that their sum has to the truth: sqrt(2 FSC / (1 + FSC)).
-        fsc = np.sqrt(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
-        return calibration(fsc, strength, self.settings.trust)
+        fsc = known_fsc(request)
+        return calibration(request.fsc if fsc is None else fsc, strength, self.settings.trust)
 
     def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
         """Do all the steps for one request."""
@@ -411,6 +411,17 @@ def is_joined(request: Request) -> bool:
     """Tell whether a request is of the joined halves, which RELION's auto-refine ends with."""
     iteration, half = parts_of(request.root)
     return iteration is not None and half is None and bool(request.fsc.any())
+
+
+def known_fsc(request: Request) -> Shells | None:
+    """Return the FSC that half-maps as good as a request's map would have, in its shells; None where none is known.
+
+    That of the request for a half. The joined halves are better: RELION regularises them by the FSC that their sum has
+    to the truth, sqrt(2 FSC / (1 + FSC)).
+    """
+    if not request.fsc.any():
+        return None  # the first iteration, Class3D
+    return np.sqrt(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
 
 
 def _rounded(values: Shells) -> list[float]:

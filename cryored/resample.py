@@ -64,6 +64,16 @@ def from_grid(data: Floats, grids: tuple[Grid, Grid, Grid]) -> Floats:
     return window(padded, tuple(grid.size for grid in grids))
 
 
+def interpolate(data: Floats, grids: tuple[Grid, Grid, Grid]) -> Floats:
+    """Resample as `from_grid` does, but linearly: blurred, and no value leaves the range of the data."""
+    from scipy.ndimage import affine_transform
+
+    step = [grid.resampled / grid.padded for grid in grids]
+    first = [grid.resampled // 2 - grid.size // 2 * along for grid, along in zip(grids, step, strict=True)]
+    shape = tuple(grid.size for grid in grids)
+    return affine_transform(data, step, first, output_shape=shape, order=1, mode="nearest")
+
+
 def fourier_resize(data: Floats, shape: tuple[int, ...], threads: int | None = None) -> Floats:
     """Crop or pad the transform of a centred map so that it has `shape`; densities keep their values.
 

@@ -145,7 +145,7 @@ def substituted_volumes(
     result = substituted_correlation(
         maps[0],
         maps[1],
-        lambda data: denoiser(half1.with_data(data)).data,
+        lambda data: denoiser(half1.with_data(data), fsc).data,
         start,
         rng=rng,
         mask=mask,

@@ -297,8 +297,9 @@ def model(tmp_path, monkeypatch):
     """Make a model that changes nothing, and keeps the maps that it is shown in a list."""
     seen = []
 
-    def keep(self, volume):
+    def keep(self, volume, fsc):
         assert volume.voxel_size == 1.5
+        assert len(fsc) == max(volume.shape) // 2 + 1
         seen.append(volume.data)
         return volume
 

@@ -278,7 +278,7 @@ def test_writes_files_and_the_table(run, tmp_path, masked):
 def test_tells_what_a_model_invents(run, tmp_path, monkeypatch, unmasked):
     """A model that answers every map with one and the same agrees with itself."""
     detail = np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32)
-    monkeypatch.setattr(Denoiser, "__call__", lambda self, volume: volume.with_data(detail))
+    monkeypatch.setattr(Denoiser, "__call__", lambda self, volume, fsc: volume.with_data(detail))
     done = run(HALF1, HALF2, "--substitute-noise", 6, "--plot", tmp_path / "a.png")
     assert done.exit_code == 0, done.stderr
     table = columns(done.stdout)

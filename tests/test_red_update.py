@@ -257,8 +257,10 @@ def test_an_updater_takes_requests_together(project):
         def load(self):
             pass
 
-        def denoise_all(self, volumes):
+        def denoise_all(self, volumes, fscs):
             self.calls.append(len(volumes))
+            for fsc in fscs:
+                np.testing.assert_array_equal(fsc, request.fsc)
             return [volume.with_data(volume.data / 2) for volume in volumes]
 
     updater = Updater(Settings(lam=1.0), Halving())

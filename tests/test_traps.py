@@ -136,7 +136,7 @@ def test_maps_in_different_places_are_named(halves):
 
 
 def test_dark_density_is_noticed(halves, monkeypatch):
-    monkeypatch.setattr("cryored.denoise.Denoiser.__call__", lambda self, volume: volume)
+    monkeypatch.setattr("cryored.denoise.Denoiser.__call__", lambda self, volume, fsc: volume)
     assert "density is dark on bright" in run("denoise", "inverted.mrc", "-o", "a.mrc").stderr
     assert "dark on bright" not in run("denoise", "half1.mrc", "-o", "b.mrc").stderr
 
@@ -159,6 +159,10 @@ def test_dark_density_is_noticed(halves, monkeypatch):
         ("resolution_range", [3], "two positive numbers of angstroms"),
         ("schedule", [], "an object"),
         ("weights", "x", "an object"),
+        ("knots", -1, "a whole number from 0 to 1024"),
+        ("knots", True, "a whole number from 0 to 1024"),
+        ("uncertainty", 1, "true or false"),
+        ("target", "half", "'weighted' or 'truth'"),
     ],
 )
 def test_a_card_is_checked_when_it_is_read(tmp_path, field, value, expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from cryored.cli import options
+from cryored.output import is_stream
 
 
 @click.command()
@@ -15,7 +16,19 @@ from cryored.cli import options
 @click.option(
     "--fsc", type=options.PATH, metavar="TABLE", help="FSC table (TSV, STAR, EMDB XML): weight MAP by it first."
 )
-@click.option("--mask", type=options.PATH, metavar="MASK.mrc", help="Multiply the result by a soft mask.")
+@click.option("--mask", type=options.PATH, metavar="MASK.mrc", help="Multiply the results by a soft mask.")
+@click.option(
+    "--uncertainty",
+    type=options.PATH,
+    metavar="SIGMA.mrc",
+    help="Also write the standard deviation of the error that is left in each voxel, in units of the map.",
+)
+@click.option(
+    "--chimerax",
+    type=options.PATH,
+    metavar="FILE.cxc",
+    help="Also write a ChimeraX script: the denoised surface, coloured by --uncertainty.",
+)
 @options.angpix
 @click.option(
     "--rotations",
@@ -44,6 +57,8 @@ def denoise(
     half2: str | None,
     fsc: str | None,
     mask: str | None,
+    uncertainty: str | None,
+    chimerax: str | None,
     angpix: float | None,
     rotations: int,
     tile: int,
@@ -55,7 +70,7 @@ def denoise(
 
     A raw half-map (unfiltered, _unfil.mrc) needs its FSC: give --half2 or --fsc. Without them the map is taken as
     filtered already: RELION's own maps in a refinement, or a post-processed map. The output has the input's grid,
-    origin and pixel size.
+    origin and pixel size. Models that take notice of the FSC are told it; --uncertainty needs a model that tells it.
 
     \b
     Example:
@@ -63,6 +78,13 @@ def denoise(
     """
     if half2 is not None and fsc is not None:
         raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
+    if uncertainty == output:
+        raise click.UsageError(f"--output and --uncertainty are both '{output}'; give them names of their own")
+    if chimerax is not None:
+        if uncertainty is None:
+            raise click.UsageError("--chimerax shows what --uncertainty writes; give both")
+        if is_stream(output) or is_stream(uncertainty):
+            raise click.UsageError("--chimerax opens the two maps by name; neither can be '-'")
 
     from cryored.denoise import denoise_file
 
@@ -73,6 +95,8 @@ def denoise(
         half2=half2,
         fsc=fsc,
         mask=mask,
+        uncertainty=uncertainty,
+        chimerax=chimerax,
         angpix=angpix,
         rotations=rotations,
         tile=tile,
