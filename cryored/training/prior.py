@@ -49,6 +49,7 @@ _RISE = 0.02  # of the time, over which the learning rate rises
 _UNKNOWN = 0.1  # share of the half-maps whose FSC the network is not told
 _MASKED, _SHARPENED = 0.2, 0.2  # shares of the half-maps
 _FEWEST = 16  # half-maps in the pool before the first step
+_VALIDATION_TIME = 0.1  # share of a run in which validation data may be made
 _REPORT = 20.0  # seconds between lines of the log
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.npz", "optimizer.npz", "state.json", "training.csv"
 
@@ -325,7 +326,9 @@ def draw_crops(
     from keras import ops
 
     rotations = cube_rotations()
-    maps, errors, told = [], [], []
+    maps: list[Tensor] = []
+    errors: list[Tensor] = []
+    told = []
     for i in range(number):
         sample = samples[int(rng.integers(len(samples)))] if first is None else samples[first + i]
         corner = rng.integers(plan.box - plan.crop + 1, size=3) if first is None else [(plan.box - plan.crop) // 2] * 3
@@ -413,7 +416,7 @@ def load(folder: Path, network: Any) -> State:
 
 
 def validate(network: Any, samples: Sequence[Sample], plan: Plan) -> tuple[float, float]:
-    """Return the squared error over the regularised map's, and the mean squared error over the variance (1 is right)."""
+    """Return the squared error over the regularised map's, and that error over the variance (1 is right)."""
     from keras import ops
 
     rng = np.random.default_rng(0)
@@ -436,7 +439,7 @@ def train(
     *,
     seconds: float,
     processes: int,
-    validation_samples: int = 48,
+    validation_samples: int = 40,
     outputs: Sequence[Path] = (),
 ) -> State:
     """Train for some seconds, from where the folder says that the last run ended.
@@ -463,7 +466,7 @@ def train(
     try:
         if others:
             made = Samples(plan, others.stream(), seed=1, plain=True).stream()
-            while len(held_out) < validation_samples:
+            while len(held_out) < validation_samples and time.monotonic() - begin < _VALIDATION_TIME * seconds:
                 held_out.extend(next(made))
             others.close()
             logger.info("%.0f s: %d half-maps to validate on", time.monotonic() - begin, len(held_out))
@@ -572,6 +575,7 @@ def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str
 @click.option("--processes", default=1, help="That make densities beside the training.")
 @click.option("--width", default=8)
 @click.option("--box", default=96)
+@click.option("--pixel-size", default=1.5, help="Of the maps, in angstrom.")
 @click.option("--crop", default=80)
 @click.option("--batch", default=8)
 @click.option("--learning-rate", default=1.5e-3)
@@ -593,9 +597,10 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = Plan(**options)
     logger.info("training on %s", device.set_up(gpu, None))
-    names = [_models(structures), _models(validation)]
+    models = _models(structures)
     state = train(
-        *names,
+        models,
+        _models(validation),
         output / "state",
         plan,
         seconds=60 * plan.minutes if seconds is None else seconds,
@@ -603,7 +608,7 @@ def main(
         outputs=copy,
     )
     if state.seconds > 60 * plan.minutes - _REPORT:
-        finish(output / "state", plan, output, len(names[0]), " ".join(sys.argv))
+        finish(output / "state", plan, output, len(models), " ".join(sys.argv))
 
 
 def _models(names: Sequence[str]) -> list[str]:
