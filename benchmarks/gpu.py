@@ -260,9 +260,10 @@ def stage_training(book: Book) -> None:
         if width == book.sizes.widths[0]:
             name = f"width {width}, told the FSC, mixed_bfloat16"
             book.measure(name, functools.partial(train, book, width, True, told=True))
-            if book.engine == "jax":
-                name = f"width {width}, mixed_bfloat16, not compiled"
-                book.measure(name, functools.partial(train, book, width, True, compiled=False))
+    if book.engine == "jax":  # slow: last
+        width = book.sizes.widths[0]
+        name = f"width {width}, mixed_bfloat16, not compiled"
+        book.measure(name, functools.partial(train, book, width, True, compiled=False))
 
 
 def train(book: Book, width: int, mixed: bool, told: bool = False, compiled: bool | None = None) -> Row:

@@ -58,7 +58,7 @@ def judge_run(data: Data, run: str, denoise: Denoise) -> Iterator[tuple[Judgemen
             pair = harvest_request(request, raw, truth)
             scale = np.float32(grey_scale(raw, truth, request.fsc))
             regularised = reconstruct(sums, prior=inverse_prior(request.tau2, request.tau2_fudge, request.pad)) / scale
-            denoised = denoise(Volume(regularised, request.pixel_size)).data
+            denoised = denoise(Volume(regularised, request.pixel_size), request.fsc).data
             name = Path(path).name.removesuffix("_external_reconstruct.star")
             found, plain = (
                 judge_map(pair, volume, request.pixel_size, structure=data.folder.name, name=name)

@@ -32,7 +32,7 @@ _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior
 _LOG_VARIANCE = (-16.0, 6.0)  # between these training has a gradient; what lies beyond means no more
 
 Array = npt.NDArray[np.float32]
-Curve = npt.NDArray[np.float64]
+Curve = npt.NDArray[np.floating]
 Network = Callable[[Array], Array]
 Grids = tuple[Grid, Grid, Grid]
 

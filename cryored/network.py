@@ -11,7 +11,7 @@ _TOLD = 64  # width of the two layers that read what the network is told
 
 
 def condition(
-    fsc: npt.NDArray[np.float64] | None, frequency: npt.NDArray[np.float64], model_pixel: float, knots: int
+    fsc: npt.NDArray[Any] | None, frequency: npt.NDArray[np.float64], model_pixel: float, knots: int
 ) -> npt.NDArray[np.float32]:
     """Return what a network is told of the data: the half-maps' FSC at fixed frequencies, and that it is known.
 

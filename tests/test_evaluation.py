@@ -82,7 +82,7 @@ def model(tmp_path, monkeypatch):
     return str(folder)
 
 
-def unchanged(volume):
+def unchanged(volume, fsc):
     return volume
 
 
@@ -169,7 +169,7 @@ def test_what_a_denoiser_is_shown(table):
     noisy = read_volume(row.noisy)
     seen = []
 
-    def watch(volume):
+    def watch(volume, fsc):
         seen.append(volume)
         return volume
 
@@ -521,7 +521,7 @@ def test_the_fit_shows_a_denoiser_what_it_sees_in_use(table):
     row = read_pairs(table)[1]
     seen = []
 
-    def watch(volume):
+    def watch(volume, fsc):
         seen.append(volume.data)
         return volume
 

@@ -52,7 +52,7 @@ def invoke(*arguments):
 def test_the_numbers_are_those_of_the_evaluation(table, tmp_path):
     rows = read_pairs(table)
     results = compare([weighting(), halve()], rows, tmp_path / "results.tsv")
-    expected = list(judge(lambda volume: volume.with_data(volume.data / 2), rows, "unregularised"))
+    expected = list(judge(lambda volume, fsc: volume.with_data(volume.data / 2), rows, "unregularised"))
     assert [result.judgement for result in results if result.method == "halve"] == expected
     for found, row in zip(summary(results)[-len(summarise(expected)) :], summarise(expected), strict=True):
         assert found["method"] == "halve"

@@ -283,7 +283,7 @@ def test_recorded_requests_are_measured(tmp_path):
     """RELION's B and K: of a denoised map that is the truth there is nothing left but its grey scale."""
     folder = str(REQUESTS / "pka_box64_pad1")
     truth = read_volume(f"{folder}/truth.mrc")
-    found = list(refinement_moments(folder, lambda volume: volume.with_data(truth.data), "regularised"))
+    found = list(refinement_moments(folder, lambda volume, fsc: volume.with_data(truth.data), "regularised"))
     assert len(found) == 3  # the joined map is of no half
     for item in found:
         used = item.fsc > 0.3
@@ -291,7 +291,7 @@ def test_recorded_requests_are_measured(tmp_path):
         assert (item.tr**2 < item.rr).all()  # a noisy map
     write_volume(tmp_path / "truth.mrc", truth, label="t")
     with pytest.raises(InputError, match=r"no request of a half-map"):
-        list(refinement_moments(str(tmp_path), lambda volume: volume, "regularised"))
+        list(refinement_moments(str(tmp_path), lambda volume, fsc: volume, "regularised"))
 
 
 def test_the_shipped_prior_is_calibrated():

@@ -369,10 +369,10 @@ def _pass(data: Data, model: str) -> Record:
         return {"judgements": [], "example": None}
     found = find_model(model)
     denoise = Denoiser(found)
-    judgements = [asdict(item) for item in judge(denoise, rows, found.card.input)]
+    judgements = [asdict(item) for item in judge(denoise, rows, found.card.input, target=found.card.target)]
     row = min(rows, key=lambda row: abs(row.resolution - _EXAMPLE))
     pair, voxel_size = load_pair(row)
-    denoised = denoise(Volume(shown(pair, found.card.input), voxel_size)).data
+    denoised = denoise(Volume(shown(pair, found.card.input), voxel_size), pair.fsc).data
     maps = {"unregularised": pair.noisy, "FSC-weighted": weigh(pair.noisy, pair.fsc), "denoised": denoised}
     example = {
         "name": Path(row.noisy).name,

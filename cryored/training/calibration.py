@@ -131,7 +131,7 @@ def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[
         except InputError:  # nothing resolved
             continue
         seen = raw if input == "unregularised" else plain
-        denoised = np.asarray(denoise(Volume(seen, truth.voxel_size)).data, dtype=np.float32)
+        denoised = np.asarray(denoise(Volume(seen, truth.voxel_size), request.fsc).data, dtype=np.float32)
         yield moments(
             place.resolve().name,
             request.nominal_resolution(),

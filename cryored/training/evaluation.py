@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ _LABELS = ("below 4.5 A", "4.5-6 A", "6-8 A", "8-10 A", "above 10 A")
 _FIRST_ITERATION = re.compile(r"_it001_half")  # in the names of RELION's files, and of the maps harvested from them
 
 Array = npt.NDArray[np.float32]
-Denoise = Callable[[Volume], Volume]
+Denoise = Callable[[Volume, Floats], Volume]  # a map and its half-maps' FSC
+Target = Literal["weighted", "truth"]  # what a network was trained towards, see `cryored.models.ModelCard`
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,21 @@ def judge_map(pair: Pair, denoised: Array, voxel_size: float, *, structure: str,
     )
 
 
-def judge(denoise: Denoise, rows: Sequence[PairRow], input: Input, *, shift: int = 0) -> Iterator[Judgement]:
+def judge(
+    denoise: Denoise, rows: Sequence[PairRow], input: Input, *, target: Target = "weighted", shift: int = 0
+) -> Iterator[Judgement]:
     """Denoise each pair's map as it would be in use, and judge the result.
 
     Parameters
     ----------
     denoise : callable
-        A `Denoiser`, or anything else that takes and returns a `Volume`.
+        A `Denoiser`, or anything else that takes a `Volume` and an FSC and returns a `Volume`.
     rows : sequence of PairRow
         Where a table has no truth the target stands for it.
     input : {"regularised", "unregularised"}
         What `denoise` is shown: the noisy map weighted by its FSC, or as it is.
+    target : {"weighted", "truth"}
+        What it returns. Maps are compared with truth times FSC, so an estimate of the truth is weighted first.
     shift : int
         Unless 0, judge with `wrong_curves` too, shifted by so many shells.
     """
@@ -139,7 +144,9 @@ def judge(denoise: Denoise, rows: Sequence[PairRow], input: Input, *, shift: int
         found = {}
         for kind, curve in curves.items():
             believed = dataclasses.replace(pair, fsc=curve)
-            denoised = np.asarray(denoise(Volume(shown(believed, input), voxel_size)).data, dtype=np.float32)
+            denoised = np.asarray(denoise(Volume(shown(believed, input), voxel_size), curve).data, dtype=np.float32)
+            if target == "truth":
+                denoised = weigh(denoised, curve)
             found[kind] = judge_map(believed, denoised, voxel_size, structure=row.structure, name=name)
         judgement = found.pop("")
         yield dataclasses.replace(judgement, misled={kind: item.error_to_wiener for kind, item in found.items()})
@@ -306,7 +313,9 @@ def evaluate_files(
     found = find_model(model)
     check_weights(found)
     judgements: list[Judgement] = []
-    for judgement in judge(Denoiser(found, gpu=gpu, threads=threads), rows, found.card.input, shift=shift):
+    for judgement in judge(
+        Denoiser(found, gpu=gpu, threads=threads), rows, found.card.input, target=found.card.target, shift=shift
+    ):
         judgements.append(judgement)
         progress(len(judgements), len(rows))
     table = summarise(judgements)

@@ -171,7 +171,7 @@ def regress(denoise: Denoise, rows: Sequence[PairRow], input: Input) -> Iterator
         if row.truth is None:
             raise InputError(f"{row.noisy}: its table names no truth map, expected one; make the pairs anew")
         pair, voxel_size = load_pair(row)
-        denoised = np.asarray(denoise(Volume(shown(pair, input), voxel_size)).data, dtype=np.float32)
+        denoised = np.asarray(denoise(Volume(shown(pair, input), voxel_size), pair.fsc).data, dtype=np.float32)
         sums = shell_sums(pair, denoised, voxel_size)
         known = row.fsc[: len(sums.shells)]
         found = moments(row.structure, row.resolution, pair.truth, pair.noisy, denoised, known)
