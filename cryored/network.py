@@ -125,3 +125,24 @@ def build_unet(
     channels = 2 if uncertainty else 1
     outputs = layers.Conv3D(channels, 1, kernel_initializer="zeros", kernel_regularizer=penalty, dtype="float32")(x)
     return keras.Model(inputs, outputs, name=f"unet_width{width}_depth{depth}")
+
+
+def scaled(network: Any, factor: float) -> Any:
+    """Return a network whose estimate, the map minus its output, is `factor` times that of another.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Of `build_unet`.
+    factor : float
+    """
+    import keras
+    from keras import layers
+
+    first = network.inputs[0]
+    error = layers.Rescaling(factor)(network.output[..., :1])
+    outputs = [layers.Add()([error, layers.Rescaling(1 - factor)(first)])]
+    if network.output.shape[-1] == 2:
+        outputs.append(layers.Rescaling(1.0, offset=2 * float(np.log(factor)))(network.output[..., 1:]))
+    joined = outputs[0] if len(outputs) == 1 else layers.Concatenate()(outputs)
+    return keras.Model(network.inputs, joined, name=network.name)

@@ -72,7 +72,7 @@ def draw_features(*, rng: np.random.Generator) -> Features:
 def featured_map(
     atoms: Atoms, box: int, angpix: float, resolution: float, features: Features, *, rng: np.random.Generator
 ) -> Array:
-    """Return the density of atoms with some features, (box, box, box) float32.
+    """Return the density of atoms with some features, (box, box, box) float32, in electrons per cubic angstrom.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def featured_map(
         transform += forward(_surroundings(inverse(transform, shape, 1), atoms, angpix, features, rng), 1)
     factor = np.exp(-features.bfactor / 4 * s**2)
     factor *= 1 - features.solvent * np.exp(-features.solvent_bfactor / 4 * s**2)
-    return inverse((transform * factor).astype(np.complex64), shape, 1).astype(np.float32)
+    return inverse((transform * (factor / angpix**3)).astype(np.complex64), shape, 1).astype(np.float32)
 
 
 def _decays(atoms: Atoms, spread: float, rng: np.random.Generator) -> Doubles:

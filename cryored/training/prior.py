@@ -31,7 +31,7 @@ import numpy.typing as npt
 from cryored import __version__, device
 from cryored.denoise import cube_rotations
 from cryored.models import Model, ModelCard, save_model
-from cryored.network import build_unet, condition
+from cryored.network import build_unet, condition, scaled
 from cryored.output import whole_file, write_text
 from cryored.simulate.features import Features, draw_features, featured_map
 from cryored.simulate.gaussian import turned
@@ -535,11 +535,13 @@ def train(
     return state
 
 
-def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str) -> Model:
-    """Write the model folder of what was trained: in float32, for any engine."""
+def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str, scale: float = 1.0) -> Model:
+    """Write the model folder of what was trained: in float32, for any engine; see `cryored.network.scaled`."""
     network = build_unet(plan.width, plan.depth, knots=plan.knots, uncertainty=True)
     with np.load(folder / WEIGHTS) as content:
         network.set_weights([content[f"arr_{i}"] for i in range(len(content.files))])
+    if scale != 1.0:
+        network = scaled(network, scale)
     about = json.loads((folder / STATE).read_text(encoding="utf-8"))
     card = ModelCard(
         name=target.resolve().name,
@@ -556,6 +558,7 @@ def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str
             **about["plan"],
             "structures": structures,
             **{name: about[name] for name in ("step", "seconds", "refinements", "samples")},
+            "scale": scale,
             "parameters": int(network.count_params()),
             "command": command,
             "cryored": __version__,
