@@ -1,4 +1,4 @@
-"""Training from atomic models: features of real maps, refinements on the device, samples, and the whole of it, small."""
+"""Training from atomic models: features of real maps, refinements on the device, samples, and the whole, small."""
 
 import json
 from dataclasses import replace
