@@ -1,6 +1,6 @@
 """What a GPU does for cryored: right numbers, seconds, memory, and what happens when memory is short.
 
-    python benchmarks/gpu.py -o gpu.json [--seconds 240] [--engines torch,jax] [--stages setup,training] [--small]
+    python benchmarks/gpu.py -o gpu.json [--seconds 360] [--engines torch,jax] [--stages setup,training] [--small]
 
 Each engine that is installed (PyTorch, JAX, TensorFlow) takes its turn in processes of its own, as Keras takes one a
 process. The stages, in this order:
@@ -10,6 +10,7 @@ setup      versions, device, seconds of imports and of the first calls
 training   steps a second (`train_step` on one batch that is on the device)
 inference  the model on one box in one pass, host to host, by precision; the difference from float32 on the CPU
 short      what the denoiser does when memory is short: smaller tiles, the CPU; the difference from doing so at once
+           (recovering harms nothing), and with PyTorch from one pass (what tiles themselves change)
 tiles      seconds and peak memory of the denoiser by tile
 watch      seconds in which `cryored watch` answers both halves; the difference from `red-update --cpu`
 large      seconds of the denoiser on large boxes
@@ -52,7 +53,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ("torch", "jax", "tensorflow")
+ENGINES = {"torch": 1, "jax": 2, "tensorflow": 1}  # share of the time; JAX compiles every operation
 # Share of an engine's time that a stage may take; what it leaves goes to the later ones.
 STAGES = {"setup": 3, "training": 6, "inference": 6, "short": 3, "tiles": 3, "watch": 4, "large": 3, "ceilings": 1}
 # The largest relative difference from float32 on the CPU; what engines do by themselves is TF32 at most.
@@ -81,7 +82,7 @@ class Sizes:
     large: tuple[int, ...] = (384, 512)
     product: int = 8192
     copied: int = 2**30  # numbers of four bytes
-    each: float = 1.5  # seconds of warm calls
+    each: float = 0.7  # seconds of warm calls
 
 
 SMALL = Sizes((32,), 16, 2, (4,), (120, 16, 16), 32, (32,), (40,), 256, 2**20, 0.1)
@@ -422,9 +423,10 @@ def run_short(book: Book, name: str, shape: tuple[int, ...], limit: float) -> Ro
     denoiser.load()
     row: Row = {}
     whole: Any = None
-    if name == "smaller tiles" and book.engine == "torch" and "GPU" in book.device:
+    if book.engine == "torch" and "GPU" in book.device:
         whole = denoiser(volume)
-        limit = _ENOUGH * book.memory()
+        limit = _ENOUGH * book.memory() if name == "smaller tiles" else limit
+        book.memory(reset=True)
     notes, logger = _Notes(), logging.getLogger("cryored")
     logger.addHandler(notes)
     try:
@@ -510,6 +512,8 @@ def run_watch(book: Book) -> Row:
         try:
             begin = time.perf_counter()
             watcher = start(*cryored, "watch", "run", *options)
+            alone = [("red-update", f"{half}.star", "-o", f"cpu{i}.mrc", "--cpu") for i, half in enumerate(HALVES)]
+            references = [start(*cryored, *words, *options) for words in alone]
             presence = folder / "run" / "cryored_watch.txt"
             while not (presence.exists() and f"pid {watcher.pid}\n" in presence.read_text()):
                 if watcher.poll() is not None or time.monotonic() > book.end:
@@ -517,6 +521,7 @@ def run_watch(book: Book) -> Row:
                     raise RuntimeError(f"the watcher did not start: {log.read()[-250:]}")
                 time.sleep(0.02)
             row: Row = {"start_s": rounded(time.perf_counter() - begin)}
+            done(references)
             row["first_pair_s"] = rounded(timed(ask))
             row["pair_s"] = book.warm(ask, 7)
             record = Path(folder / f"{HALVES[0].removesuffix('_external_reconstruct')}_cryored.log").read_text()
@@ -524,8 +529,6 @@ def run_watch(book: Book) -> Row:
             answers = [read_volume(folder / f"{half}.mrc").data for half in HALVES]
             watcher.send_signal(signal.SIGTERM)
             done([watcher])
-            alone = [("red-update", f"{half}.star", "-o", f"cpu{i}.mrc", "--cpu") for i, half in enumerate(HALVES)]
-            done([start(*cryored, *words, *options) for words in alone])
             wanted = [read_volume(folder / f"cpu{i}.mrc").data for i in range(2)]
         finally:
             for process in running:
@@ -672,7 +675,7 @@ def show(row: Row) -> None:
 
 def parts(ctx: click.Context, option: click.Parameter, value: str) -> list[str]:
     """Return the words of an option in the order in which they are done."""
-    known = ENGINES if option.name == "engines" else tuple(STAGES)
+    known = tuple(ENGINES if option.name == "engines" else STAGES)
     words = [word.strip() for word in value.split(",")]
     if unknown := [word for word in words if word not in known]:
         raise click.BadParameter(f"{unknown[0]} is none of {', '.join(known)}")
@@ -681,7 +684,7 @@ def parts(ctx: click.Context, option: click.Parameter, value: str) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="gpu.json", show_default=True)
-@click.option("--seconds", default=240.0, show_default=True, help="For everything.")
+@click.option("--seconds", default=360.0, show_default=True, help="For everything.")
 @click.option("--engines", default=",".join(ENGINES), show_default=True, callback=parts)
 @click.option("--stages", default=",".join(STAGES), show_default=True, callback=parts)
 @click.option("--small", is_flag=True, help="Small sizes: does everything work?")
@@ -713,7 +716,8 @@ def main(output: Path, seconds: float, engines: list[str], stages: list[str], sm
             add([{"engine": engine, "stage": "all", "case": "all", "skipped": "not installed"}])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for number, engine in enumerate(installed):
-            end = time.monotonic() + (begin + seconds - time.monotonic()) / (len(installed) - number)
+            share = ENGINES[engine] / sum(ENGINES[name] for name in installed[number:])
+            end = time.monotonic() + (begin + seconds - time.monotonic()) * share
             planned = plan(engine, stages, memory, sizes)
             for place, (group, extra) in enumerate(planned):
                 weights = [sum(STAGES[stage] for stage in names) for names, _ in planned[place:]]
