@@ -112,7 +112,9 @@ def test_the_network_is_called_once_for_the_halves(project, monkeypatch):
     expected = [cold(root, "--lambda", "1", "--cpu") for root in HALVES]
     calls = []
     whole = Denoiser._predict
-    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: calls.append(len(data)) or whole(self, data))
+    monkeypatch.setattr(
+        Denoiser, "_predict", lambda self, data, told: calls.append(len(data)) or whole(self, data, told)
+    )
     first, second = (Order(star(root)) for root in HALVES)
     server(1.0).serve([first], lambda: [second])  # the second comes while the first is read
     assert calls == [2]
@@ -140,7 +142,7 @@ def test_a_network_that_fails_is_no_end(project, monkeypatch):
     service = server(1.0)
     order = Order(star(HALVES[0]))
     with monkeypatch.context() as patch:
-        patch.setattr(Denoiser, "_predict", lambda self, data: 1 / 0)
+        patch.setattr(Denoiser, "_predict", lambda self, data, told: 1 / 0)
         service.serve([order])
     assert order.said == ["accepted", "failed ZeroDivisionError: division by zero"]
     again = Order(star(HALVES[0]))
@@ -156,10 +158,10 @@ def test_a_gpu_short_of_memory_shows(project, monkeypatch):
         load(self)
         self._loaded_on = "GPU H1"
 
-    def predict(self, data):
+    def predict(self, data, told):
         if self._network is not self._on_cpu:
             raise MemoryError
-        return whole(self, data)
+        return whole(self, data, told)
 
     monkeypatch.setattr(Denoiser, "load", load_on_gpu)
     monkeypatch.setattr(Denoiser, "_predict", predict)

@@ -481,7 +481,8 @@ def train(
         if not log.exists():
             write_text(log, "step,seconds,loss,validation,variance,learning_rate,half_maps\n")
         start = time.monotonic()
-        while (now := time.monotonic()) - begin < seconds:
+        done = state.step
+        while (now := time.monotonic()) - begin < seconds or state.step == done:
             share = spent["refining"] / max(sum(spent.values()), 1e-9)
             if len(pool) < _FEWEST or share < plan.refining:
                 new = next(stream)
@@ -573,7 +574,7 @@ def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option("--validation", multiple=True, type=click.Path(exists=True), help="Atomic models, or a folder of them.")
 @click.option("--minutes", default=10.0, help="Of the whole training, over all runs.")
-@click.option("--seconds", type=float, help="Of this run; the next one goes on.  [default: what is left]")
+@click.option("--seconds", type=float, help="Of this run; the next one goes on.  [default: --minutes]")
 @click.option("--copy", multiple=True, type=click.Path(path_type=Path), help="Keep the state here too.")
 @click.option("--processes", default=1, help="That make densities beside the training.")
 @click.option("--width", default=8)
@@ -610,7 +611,7 @@ def main(
         processes=processes,
         outputs=copy,
     )
-    if state.seconds > 60 * plan.minutes - _REPORT:
+    if seconds is None or state.seconds > 60 * plan.minutes - _REPORT:
         finish(output / "state", plan, output, len(models), " ".join(sys.argv))
 
 
