@@ -16,7 +16,7 @@ from cryored import device
 from cryored.errors import InputError, ModelError
 from cryored.fourier import apply_shells, forward, inverse, low_pass, spatial_frequency
 from cryored.models import Model, check_uncertainty, check_weights, find_model, load_network
-from cryored.network import condition
+from cryored.network import LOG_VARIANCE, condition
 from cryored.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
 from cryored.standardise import standard_of
 from cryored.volume import Volume, raised_cosine, window
@@ -29,7 +29,6 @@ _OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner ha
 _BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
 _SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
 _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
-_LOG_VARIANCE = (-16.0, 6.0)  # between these training has a gradient; what lies beyond means no more
 
 Array = npt.NDArray[np.float32]
 Curve = npt.NDArray[np.floating]
@@ -357,7 +356,7 @@ class Denoiser:
         output = np.asarray(self._network.predict_on_batch(inputs), dtype=np.float32)
         if not self.model.card.uncertainty:
             return output[..., 0]
-        variance = np.exp(np.clip(output[..., 1], *_LOG_VARIANCE))
+        variance = np.exp(np.clip(output[..., 1], *LOG_VARIANCE))
         return np.stack([output[..., 0], variance], axis=1).reshape(-1, *data.shape[1:])
 
 

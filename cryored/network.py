@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+LOG_VARIANCE = (-16.0, 6.0)  # between these training has a gradient; what lies beyond means no more
 _TOLD = 64  # width of the two layers that read what the network is told
 
 

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from cryored import __version__, device
 from cryored.denoise import cube_rotations
 from cryored.models import Model, ModelCard, save_model
-from cryored.network import build_unet, condition, scaled
+from cryored.network import LOG_VARIANCE, build_unet, condition, scaled
 from cryored.output import whole_file, write_text
 from cryored.simulate.features import Features, draw_features, featured_map
 from cryored.simulate.gaussian import turned
@@ -352,7 +352,7 @@ def loss_of(calibration: float) -> Any:
         from keras import ops
 
         square = ops.square(true[..., 0] - predicted[..., 0])
-        logarithm = ops.clip(predicted[..., 1], -16.0, 6.0)
+        logarithm = ops.clip(predicted[..., 1], *LOG_VARIANCE)
         likelihood = logarithm + ops.stop_gradient(square) * ops.exp(-logarithm)
         return ops.mean(square * true[..., 1]) + calibration / 2 * ops.mean(likelihood)
 
