@@ -12,7 +12,9 @@ Everything is made here: the truth from an atomic model, particles with CTF and 
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +25,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from cryored.models import CARD, DEFAULT_MODEL, find_model
 from cryored.simulate.refinement import (
     LOCAL_SEARCH,
     RELION_HOOK,
@@ -54,18 +57,40 @@ class Variant:
         With a solvent mask made from the final map of ``map``, which is refined first.
     oracle : bool
         The truth stands in for the denoised map.
+    weights : dict, optional
+        In the default model's card in place of its own.
     """
 
     options: str | None = None
     masked: bool = False
     oracle: bool = False
+    weights: dict[str, tuple[float, ...]] | None = None
+
+    def arguments(self, data: Data) -> list[str]:
+        """Return the options of ``cryored red-update``, with a model that has the weights."""
+        words = (self.options or "").split()
+        if self.weights is None:
+            return words
+        model, own = find_model(DEFAULT_MODEL), data.folder / "models" / "alone"
+        shutil.copytree(model.folder, own, dirs_exist_ok=True)
+        card = json.loads((own / CARD).read_text(encoding="utf-8"))
+        (own / CARD).write_text(json.dumps(card | {"name": own.name, "weights": self.weights}), encoding="utf-8")
+        return [*words, "--model", str(own)]
 
     def hook(self, data: Data) -> str:
         """Return what RELION calls."""
         if self.oracle:
             return shlex.join([sys.executable, str(HERE / "oracle.py"), str(data.truth)])
-        return RELION_HOOK if self.options is None else f"{HOOK} {self.options}"
+        return RELION_HOOK if self.options is None else shlex.join([str(HOOK), *self.arguments(data)])
 
+
+# The denoised map alone in every shell with a half-map FSC above 1/7, the MAP map alone in the others: what RELION 5
+# makes of Blush's network.
+ALONE_TO_1_7 = {
+    "fsc": (1e-6, 1 / 7 - 1e-6, 1 / 7, 0.999),
+    "precision": (1.0, 1.0, 1e6, 1e6),
+    "gain": (1e-3, 1e-3, 1.0, 1.0),
+}
 
 VARIANTS = {
     "relion": Variant(),
@@ -76,6 +101,7 @@ VARIANTS = {
     "cwred-strong": Variant("--trust 4"),
     "paper": Variant("--lambda paper"),
     "red": Variant("--model cwred-paper --lambda 1"),
+    "denoised": Variant("", weights=ALONE_TO_1_7),
     "oracle": Variant(oracle=True),
 }
 VARIANTS |= {f"{name}-mask": replace(one, masked=True) for name, one in VARIANTS.items() if name != "relion"}
@@ -94,9 +120,9 @@ def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
     return shell_correlation(average * mask, truth.data * mask)
 
 
-def watched(variant: Variant) -> Callable[[Path], AbstractContextManager[None]]:
+def watched(variant: Variant, data: Data) -> Callable[[Path], AbstractContextManager[None]]:
     """Return the companion that answers a variant's requests, and keeps a report of them in the run's folder."""
-    options = (variant.options or "").split()
+    options = variant.arguments(data)
     return lambda folder: resident(folder, options=[*options, "--report", str(folder / "report.html")])
 
 
@@ -239,7 +265,7 @@ def run(data: Data, name: str, watch: bool, extra: Sequence[str] = ()) -> None:
     variant = VARIANTS[name]
     hook, companion = variant.hook(data), nullcontext
     if watch and variant.options is not None:
-        hook, companion = str(HOOK), watched(variant)
+        hook, companion = str(HOOK), watched(variant, data)
     search = [*LOCAL_SEARCH, *extra]
     if variant.masked:
         search += solvent_mask(data, make_mask(data, PLAIN))
