@@ -181,8 +181,8 @@ def difference(found: Array, wanted: Array) -> float:
 
 def make_map(*shape: int) -> Any:
     """Return a map with blobs of density inside a sphere, and some noise."""
-    from cryored.fourier import low_pass
-    from cryored.volume import Volume, soft_sphere
+    from cryored.maps.fourier import low_pass
+    from cryored.maps.volume import Volume, soft_sphere
 
     rng = np.random.default_rng(shape[0])
     edge = 64
@@ -195,7 +195,7 @@ def make_map(*shape: int) -> Any:
 
 def make_input(box: int) -> Array:
     """Return such a map as the network sees it: (1, z, y, x, 1)."""
-    from cryored.standardise import standard_of
+    from cryored.maps.network_scale import standard_of
 
     volume = make_map(box, box, box)
     return standard_of(volume.data, VOXEL).apply(volume.data).astype(np.float32)[None, ..., None]
@@ -206,7 +206,7 @@ def set_up(engine: str) -> Row:
     row: Row = {}
     if engine != "tensorflow":  # which is to be imported by set_up
         row["import_engine_s"] = rounded(timed(lambda: importlib.import_module(engine)))
-    from cryored import device
+    from cryored.prior import device
 
     names: list[str] = []
     row["set_up_s"] = rounded(timed(lambda: names.append(device.set_up())))
@@ -243,7 +243,7 @@ def apply(network: Any, data: Array) -> Array:
 
 def stage_setup(book: Book) -> None:
     """Do the first calls."""
-    from cryored.models import find_model, load_network
+    from cryored.prior.models import find_model, load_network
 
     def calls() -> Row:
         box = book.sizes.boxes[0]
@@ -278,7 +278,7 @@ def train(book: Book, width: int, mixed: bool, told: bool = False, compiled: boo
     import keras
     from keras import ops
 
-    from cryored.network import build_unet
+    from cryored.prior.network import build_unet
     from cryored.training.loop import Recipe, build_network, train_step
 
     patch, count = book.sizes.patch, book.sizes.batch
@@ -309,9 +309,9 @@ def train(book: Book, width: int, mixed: bool, told: bool = False, compiled: boo
 
 def stage_inference(book: Book) -> None:
     """Apply the model in one pass."""
-    from cryored import device
-    from cryored.models import find_model, load_network
-    from cryored.network import build_unet, scaled
+    from cryored.prior import device
+    from cryored.prior.models import find_model, load_network
+    from cryored.prior.network import build_unet, scaled
 
     model = find_model(MODEL)
     reference: list[Array] = []
@@ -422,9 +422,9 @@ def stage_short(book: Book) -> None:
 
 def run_short(book: Book, name: str, shape: tuple[int, ...], limit: float) -> Row:
     """Return what a denoiser says and does in little memory, beside one that does so from the start."""
-    from cryored import device
-    from cryored.denoise import Denoiser
-    from cryored.models import find_model
+    from cryored.prior import device
+    from cryored.prior.denoiser import Denoiser
+    from cryored.prior.models import find_model
 
     set_precision(book.engine, "float32")
     volume, model = make_map(*shape), find_model(MODEL)
@@ -462,8 +462,8 @@ def run_short(book: Book, name: str, shape: tuple[int, ...], limit: float) -> Ro
 
 def denoise(book: Book, box: int, tile: int) -> Row:
     """Return the seconds of the denoiser, the product's own way."""
-    from cryored.denoise import Denoiser
-    from cryored.models import find_model
+    from cryored.prior.denoiser import Denoiser
+    from cryored.prior.models import find_model
 
     volume = make_map(box, box, box)
     denoiser = Denoiser(find_model(MODEL), tile=tile)
@@ -481,7 +481,7 @@ def stage_tiles(book: Book) -> None:
 
 def stage_large(book: Book) -> None:
     """Denoise large boxes."""
-    from cryored.denoise import DEFAULT_TILE
+    from cryored.prior.denoiser import DEFAULT_TILE
 
     for box, tile in itertools.product(book.sizes.large, (DEFAULT_TILE, 256)):
         book.measure(f"box {box}, tile {tile}", functools.partial(denoise, book, box, tile))
@@ -494,7 +494,7 @@ def stage_watch(book: Book) -> None:
 
 def run_watch(book: Book) -> Row:
     """Start a watcher, ask it as RELION does, and compare its answers."""
-    from cryored.mrc import read_volume
+    from cryored.files.mrc import read_volume
 
     hook = ROOT / "bin" / "cryored-external-reconstruct"
     options = ["--model", MODEL, "--lambda", "0.5", "-q"]

@@ -25,8 +25,8 @@ import click
 import numpy as np
 from refine import VARIANTS
 
-from cryored.models import DEFAULT_MODEL
-from cryored.simulate.refinement import Data, RefinementError, make_data, refine
+from cryored.prior.models import DEFAULT_MODEL
+from cryored.refinement.relion_runs import Data, RefinementError, make_data, refine
 from cryored.training.evaluation import Denoise, Judgement, as_row, as_tsv, judge_map, summarise
 
 
@@ -38,14 +38,14 @@ def requests(data: Data, run: str) -> list[str]:
 
 def judge_run(data: Data, run: str, denoise: Denoise) -> Iterator[tuple[Judgement, float]]:
     """Yield for each request of a run how the denoised MAP map does, and the MAP map's error over the Wiener map's."""
-    from cryored.mrc import read_volume
-    from cryored.red_update import load_sums
-    from cryored.relion import read_request
-    from cryored.simulate.grey_scale import grey_scale
-    from cryored.simulate.harvest import harvest_request
-    from cryored.star import read_star
-    from cryored.update import inverse_prior, reconstruct
-    from cryored.volume import Volume
+    from cryored.files.mrc import read_volume
+    from cryored.files.requests import read_request
+    from cryored.files.star import read_star
+    from cryored.maps.truth_scale import grey_scale
+    from cryored.maps.volume import Volume
+    from cryored.reconstruction.update import inverse_prior, reconstruct
+    from cryored.refinement.red_update import load_sums
+    from cryored.simulation.harvest import harvest_request
 
     truth = read_volume(data.truth).data
     here = Path.cwd()
@@ -81,8 +81,8 @@ def main(
     structures: tuple[str, ...], output: Path, model: str, snr: str, number: int, box: int, update_card: bool
 ) -> None:
     """Refine STRUCTURES and judge a model on the intermediates."""
-    from cryored.denoise import Denoiser
-    from cryored.models import find_model, write_card
+    from cryored.prior.denoiser import Denoiser
+    from cryored.prior.models import find_model, write_card
 
     values = [float(text) for text in snr.split(",")]
     denoiser = Denoiser(find_model(model))

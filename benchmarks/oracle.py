@@ -12,14 +12,14 @@ import sys
 
 import numpy as np
 
-from cryored.denoise import Denoiser
 from cryored.errors import CryoredError, InputError
-from cryored.models import DEFAULT_MODEL, find_model
-from cryored.mrc import read_volume, write_volume
-from cryored.red_update import Settings, Updater, is_joined, load_sums
-from cryored.relion import read_request_file
-from cryored.simulate.grey_scale import grey_scale
-from cryored.update import reconstruct
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.requests import read_request_file
+from cryored.maps.truth_scale import grey_scale
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import DEFAULT_MODEL, find_model
+from cryored.reconstruction.update import reconstruct
+from cryored.refinement.red_update import Settings, Updater, is_joined, load_sums
 
 
 def answer(truth_path: str, job: str) -> None:

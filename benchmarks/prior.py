@@ -20,15 +20,15 @@ import time
 import click
 import numpy as np
 
-from cryored.models import DEFAULT_MODEL
+from cryored.prior.models import DEFAULT_MODEL
 
 BOX, ANGPIX, DRAWS = 96, 1.5, 10
 COLD = (
     "import time; begin = time.monotonic()\n"
     "import numpy as np\n"
-    "from cryored.denoise import Denoiser\n"
-    "from cryored.models import find_model\n"
-    "from cryored.volume import Volume\n"
+    "from cryored.prior.denoiser import Denoiser\n"
+    "from cryored.prior.models import find_model\n"
+    "from cryored.maps.volume import Volume\n"
     "rng = np.random.default_rng(0)\n"
     "Denoiser(find_model({model!r}))(Volume(rng.standard_normal((96, 96, 96), dtype=np.float32), 1.5))\n"
     "print(time.monotonic() - begin)\n"
@@ -41,14 +41,14 @@ COLD = (
 @click.option("--maps", default=5, show_default=True, help="Pairs used for rotation and shift.")
 def main(table: str, model: str, maps: int) -> None:
     """Print the figures as a table."""
-    from cryored.denoise import Denoiser, cube_rotations, rotate, rotate_back
-    from cryored.fourier import apply_shells
-    from cryored.fsc import shell_correlation
-    from cryored.models import find_model
-    from cryored.mrc import read_volume
-    from cryored.simulate.pair_table import read_pairs
-    from cryored.simulate.picture import spread
-    from cryored.volume import Volume
+    from cryored.files.mrc import read_volume
+    from cryored.maps.fourier import apply_shells
+    from cryored.maps.fsc import shell_correlation
+    from cryored.maps.volume import Volume
+    from cryored.prior.denoiser import Denoiser, cube_rotations, rotate, rotate_back
+    from cryored.prior.models import find_model
+    from cryored.simulation.pair_pictures import spread
+    from cryored.simulation.pair_table import read_pairs
 
     denoiser = Denoiser(find_model(model))
 

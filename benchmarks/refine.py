@@ -25,8 +25,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from cryored.models import CARD, DEFAULT_MODEL, find_model
-from cryored.simulate.refinement import (
+from cryored.prior.models import CARD, DEFAULT_MODEL, find_model
+from cryored.refinement.relion_runs import (
     LOCAL_SEARCH,
     RELION_HOOK,
     Data,
@@ -110,9 +110,9 @@ PLAIN = "map"  # what the mask is made from
 
 def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
     """Return the masked FSC of a run's averaged half-maps to the truth."""
-    from cryored.fsc import shell_correlation
-    from cryored.mask import soft_mask
-    from cryored.mrc import read_volume
+    from cryored.files.mrc import read_volume
+    from cryored.maps.fsc import shell_correlation
+    from cryored.maps.mask import soft_mask
 
     truth = read_volume(data.truth)
     mask = soft_mask(truth).data
@@ -134,10 +134,10 @@ def judge(data: Data, names: list[str]) -> list[dict[str, object]]:
     0.143 over truth 0.5, in spatial frequency, within one mask. Excess: by how much the half-maps promise more than the
     truth holds, as a mean over shells up to their 0.143; it doesn't jump where a curve is flat at a threshold.
     """
-    from cryored.fsc import crossing_resolution, nominal_resolution, shell_correlation, whole_set_fsc
-    from cryored.mask import soft_mask
-    from cryored.mrc import read_volume
-    from cryored.orientation import angular_error_file
+    from cryored.files.mrc import read_volume
+    from cryored.maps.fsc import crossing_resolution, nominal_resolution, shell_correlation, whole_set_fsc
+    from cryored.maps.mask import soft_mask
+    from cryored.reconstruction.orientations import angular_error_file
 
     truth = read_volume(data.truth)
     mask = soft_mask(truth).data
@@ -180,10 +180,10 @@ def draw(data: Data, names: list[str], path: Path) -> None:
 
     All slices have one grey scale; the truth is brought to that of the first run's map.
     """
-    from cryored.fsc import shell_correlation
-    from cryored.mask import soft_mask
-    from cryored.mrc import read_volume
-    from cryored.plotting import new_figure, save_figure
+    from cryored.files.mrc import read_volume
+    from cryored.files.plots import new_figure, save_figure
+    from cryored.maps.fsc import shell_correlation
+    from cryored.maps.mask import soft_mask
 
     truth = read_volume(data.truth)
     mask = soft_mask(truth).data

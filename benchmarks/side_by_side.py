@@ -40,14 +40,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from cryored.denoise import Denoiser
-from cryored.fourier import apply_shells
-from cryored.models import DEFAULT_MODEL, check_weights, find_model
-from cryored.mrc import read_volume, write_volume
-from cryored.simulate.pair_table import PairRow, read_pairs
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.fourier import apply_shells
+from cryored.maps.volume import Floats, Volume
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import DEFAULT_MODEL, check_weights, find_model
+from cryored.simulation.pair_table import PairRow, read_pairs
 from cryored.training.batches import Input
 from cryored.training.evaluation import Judgement, as_tsv, judge_map, load_pair, shown, summarise
-from cryored.volume import Floats, Volume
 
 THREADS = 2
 AXES = (0, 1, 2)

@@ -24,10 +24,10 @@ BOX, ANGPIX = 96, 1.5
 
 def projections(folder: Path, number: int, repeat: int) -> list[float]:
     """Return seconds for `number` projections: relion_project, ours with all cores, ours with one."""
-    from cryored.mrc import read_volume
-    from cryored.project import Projector, rotation_matrices
-    from cryored.simulate.particles import simulate_particles_file
-    from cryored.star import read_star
+    from cryored.files.mrc import read_volume
+    from cryored.files.star import read_star
+    from cryored.reconstruction.projection import Projector, rotation_matrices
+    from cryored.simulation.particles import simulate_particles_file
 
     os.chdir(folder)
     simulate_particles_file("map.mrc", "angles", number=number, snr=float("inf"), apply_ctf=False)
@@ -71,8 +71,8 @@ def particles(folder: Path, number: int) -> tuple[float, float]:
 
 def intermediates(repeat: int) -> tuple[float, int]:
     """Return seconds for a pair, the median over `repeat` draws, and the number of pairs."""
-    from cryored.simulate.intermediates import intermediate_pairs
-    from cryored.simulate.structure import read_atoms
+    from cryored.simulation.intermediates import intermediate_pairs
+    from cryored.simulation.structure import read_atoms
 
     atoms = read_atoms(STRUCTURE)
     list(intermediate_pairs(atoms, 32, 3.0, 6.0, rng=np.random.default_rng(0)))  # compiles
@@ -90,7 +90,7 @@ def intermediates(repeat: int) -> tuple[float, int]:
 @click.option("--repeat", default=3, show_default=True)
 def main(number: int, repeat: int) -> None:
     """Print the figures of docs/results.md."""
-    from cryored.simulate.density import simulate_map_file
+    from cryored.simulation.density import simulate_map_file
 
     with tempfile.TemporaryDirectory() as folder:
         simulate_map_file(str(STRUCTURE), f"{folder}/map.mrc", box=BOX, angpix=ANGPIX, resolution=3.0)

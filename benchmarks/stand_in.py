@@ -38,8 +38,8 @@ class Errors:
     @classmethod
     def of(cls, halves: list[Array], fsc: Curve, resolution: float, truth: Array, radius: float) -> Errors:
         """Measure halves on the truth's grey scale."""
-        from cryored.fourier import apply_shells, forward, shell_power
-        from cryored.volume import squared_distance
+        from cryored.maps.fourier import apply_shells, forward, shell_power
+        from cryored.maps.volume import squared_distance
 
         last = int(np.flatnonzero(fsc)[-1])
         known = np.zeros(len(fsc))
@@ -56,8 +56,8 @@ class Errors:
 
 def relion_errors(folder: Path, truth: Array, radius: float) -> list[Errors]:
     """Measure what was harvested from a run, iteration by iteration."""
-    from cryored.mrc import read_volume
-    from cryored.simulate.pair_table import read_pairs
+    from cryored.files.mrc import read_volume
+    from cryored.simulation.pair_table import read_pairs
 
     couples: dict[str, list[object]] = {}
     for row in read_pairs(folder / "pairs" / "pairs.star"):
@@ -70,7 +70,7 @@ def relion_errors(folder: Path, truth: Array, radius: float) -> list[Errors]:
 
 def stand_in_errors(truth: Array, angpix: float, number: int, snr: float, diameter: float, seed: int) -> list[Errors]:
     """Refine the same experiment in miniature and measure each iteration."""
-    from cryored.simulate.intermediates import Experiment, pairs_of, trajectory
+    from cryored.simulation.intermediates import Experiment, pairs_of, trajectory
 
     result = []
     rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def stand_in_errors(truth: Array, angpix: float, number: int, snr: float, diamet
 
 def mask_diameter(truth: Array, angpix: float) -> float:
     """Return the diameter in angstrom of a sphere around the molecule, with RELION's margin of 10 A."""
-    from cryored.volume import squared_distance
+    from cryored.maps.volume import squared_distance
 
     reach = np.sqrt(squared_distance(truth.shape)[truth > 0.05 * truth.max()].max())
     return min(2 * float(reach) * angpix + 10.0, 0.95 * len(truth) * angpix)
@@ -105,7 +105,7 @@ def compare(real: Errors, stand_in: Errors) -> dict[str, float]:
 
 def draw(runs: dict[str, tuple[list[Errors], list[Errors]]], path: Path) -> None:
     """Draw error power over shells and errors over radius: the first, second and last iteration of each run."""
-    from cryored.plotting import new_figure, save_figure
+    from cryored.files.plots import new_figure, save_figure
 
     figure = new_figure(2.7 * len(runs), 5.0)
     axes = figure.subplots(2, len(runs), squeeze=False)
@@ -145,7 +145,7 @@ def nearest(real: Errors, index: int, stand_ins: list[Errors]) -> Errors:
 @click.option("--plot", type=click.Path(path_type=Path))
 def main(folders: tuple[Path, ...], number: int, seed: int, plot: Path | None) -> None:
     """Compare the runs in FOLDERS, each named NAME_snrX and harvested, with their stand-ins."""
-    from cryored.mrc import read_volume
+    from cryored.files.mrc import read_volume
 
     runs, rows = {}, []
     for folder in folders:

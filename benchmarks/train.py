@@ -29,9 +29,9 @@ BOX = 96
 
 def write_noise(folder: Path, structures: int) -> str:
     """Write pairs of noise beside a sphere; return the name of their table."""
-    from cryored.mrc import write_volume
-    from cryored.simulate.pair_table import PairRow, write_pairs
-    from cryored.volume import Volume, soft_sphere
+    from cryored.files.mrc import write_volume
+    from cryored.maps.volume import Volume, soft_sphere
+    from cryored.simulation.pair_table import PairRow, write_pairs
 
     rng = np.random.default_rng(0)
     truth = soft_sphere((BOX,) * 3, 0.3 * BOX, 4.0)
@@ -62,12 +62,12 @@ def write_noise(folder: Path, structures: int) -> str:
 @click.option("--threads", type=int)
 def main(tables: tuple[str, ...], steps: int, turns: int, threads: int | None, **options: Any) -> None:
     """Print a table of rates."""
-    from cryored import device
-    from cryored.simulate.pair_table import read_pairs
-    from cryored.train import read_truths
+    from cryored.prior import device
+    from cryored.simulation.pair_table import read_pairs
     from cryored.training.batches import PairStore, prefetched
+    from cryored.training.device_pairs import Synthesis
     from cryored.training.loop import Recipe, batch_maker, build_network, train_step
-    from cryored.training.synthesis import Synthesis
+    from cryored.training.train import read_truths
 
     recipe = Recipe(steps=10**9, **options)
     stored = replace(recipe, synthesise=0.0)

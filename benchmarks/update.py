@@ -28,8 +28,8 @@ import numpy as np
 ROOT = "run_it001_half1_class001_external_reconstruct"
 OURS = """
 import json, resource, sys, time
-from cryored.models import DEFAULT_MODEL
-from cryored.red_update import Settings, red_update_file
+from cryored.prior.models import DEFAULT_MODEL
+from cryored.refinement.red_update import Settings, red_update_file
 begin = time.perf_counter()
 red_update_file(sys.argv[1], Settings(lam=0.0), model=DEFAULT_MODEL)
 seconds = time.perf_counter() - begin
@@ -41,8 +41,8 @@ def write_request(folder: Path, box: int, pad: int) -> float:
     """Write a request of random data with a smooth weight; return the size of its arrays in MiB."""
     import mrcfile
 
-    from cryored.fourier import squared_radius
-    from cryored.star import write_star
+    from cryored.files.star import write_star
+    from cryored.maps.fourier import squared_radius
 
     n = box * pad
     rng = np.random.default_rng(1)
@@ -103,7 +103,7 @@ def run_ours(folder: Path) -> tuple[float, float]:
 
 def compare(path: Path, expected: Path) -> float:
     """Return the relative L2 difference of two maps."""
-    from cryored.mrc import read_volume
+    from cryored.files.mrc import read_volume
 
     found, wanted = read_volume(path).data, read_volume(expected).data
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cryored.mrc import write_volume
-from cryored.resample import fourier_resize
-from cryored.simulate.pair_table import PairRow, write_pairs
+from cryored.files.mrc import write_volume
+from cryored.maps.resample import fourier_resize
+from cryored.maps.volume import Volume, soft_sphere
+from cryored.simulation.pair_table import PairRow, write_pairs
 from cryored.training.loop import Recipe
-from cryored.volume import Volume, soft_sphere
 
 BOX, ANGPIX = 16, 3.0
 TINY = Recipe(

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryored.backproject import BackProjector, half_map_correlation
 from cryored.errors import InputError
-from cryored.fourier import squared_radius
-from cryored.fsc import shell_correlation
-from cryored.mrc import read_array, write_volume
-from cryored.project import Projector, images, random_rotations, rotation_matrices, shift_phases
-from cryored.red_update import load_sums
-from cryored.relion import read_request_file
-from cryored.simulate.particles import simulate_particles_file
-from cryored.star import read_star
-from cryored.update import reconstruct
-from cryored.volume import Volume
+from cryored.files.mrc import read_array, write_volume
+from cryored.files.requests import read_request_file
+from cryored.files.star import read_star
+from cryored.maps.fourier import squared_radius
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.volume import Volume
+from cryored.reconstruction.back_projection import BackProjector, half_map_correlation
+from cryored.reconstruction.projection import Projector, images, random_rotations, rotation_matrices, shift_phases
+from cryored.reconstruction.update import reconstruct
+from cryored.refinement.red_update import load_sums
+from cryored.simulation.particles import simulate_particles_file
 
 BOX = 32
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"

@@ -13,11 +13,11 @@ import pytest
 from small_pairs import ANGPIX, BOX, write_tables
 
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
-from cryored.mrc import read_volume, write_volume
-from cryored.simulate.pair_table import read_pairs
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.fourier import apply_shells
+from cryored.maps.volume import Volume
+from cryored.simulation.pair_table import read_pairs
 from cryored.training.batches import PairStore, check_pairs, draw_batch, free_memory, prefetched
-from cryored.volume import Volume
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,19 @@ import pytest
 from click.testing import CliRunner
 from scipy.ndimage import uniform_filter
 
-from cryored import denoise
 from cryored.cli import cli
-from cryored.denoise import Denoiser, crossover, cube_rotations, denoise_file, predict_tiled, rotate, rotate_back
 from cryored.errors import InputError, ModelError
-from cryored.fourier import apply_shells, forward, shell_index, spatial_frequency
-from cryored.fsc import shell_correlation
-from cryored.models import DEFAULT_MODEL, Model, ModelCard, find_model
-from cryored.mrc import read_volume, write_volume
-from cryored.resample import SAME_PIXEL, fourier_resize, plan_axis
-from cryored.simulate.gaussian import gaussian_pairs
-from cryored.simulate.structure import check_fits, read_atoms
-from cryored.standardise import standard_of
-from cryored.volume import Volume, soft_sphere, window
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.fourier import apply_shells, forward, shell_index, spatial_frequency
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.network_scale import standard_of
+from cryored.maps.resample import SAME_PIXEL, fourier_resize, plan_axis
+from cryored.maps.volume import Volume, soft_sphere, window
+from cryored.prior import denoiser as denoise
+from cryored.prior.denoiser import Denoiser, crossover, cube_rotations, denoise_file, predict_tiled, rotate, rotate_back
+from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, find_model
+from cryored.simulation.gaussian import gaussian_pairs
+from cryored.simulation.structure import check_fits, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 FLOAT32 = 1e-5  # of values of order 1 that went through two or three float32 transforms
@@ -618,7 +618,7 @@ def short_of_memory(monkeypatch, most, device_name):
         return whole(self, data)
 
     monkeypatch.setattr(Denoiser, "_predict", predict)
-    monkeypatch.setattr("cryored.denoise.load_network", lambda model: "on the CPU")
+    monkeypatch.setattr("cryored.prior.denoiser.load_network", lambda model: "on the CPU")
     return model
 
 

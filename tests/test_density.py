@@ -15,16 +15,16 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.fourier import spatial_frequency
-from cryored.mrc import read_volume
-from cryored.simulate.density import (
+from cryored.files.mrc import read_volume
+from cryored.maps.fourier import spatial_frequency
+from cryored.simulation.density import (
     check_scattering,
     gaussian_map,
     gaussian_transform,
     potential_map,
     potential_transform,
 )
-from cryored.simulate.structure import Atoms, read_atoms
+from cryored.simulation.structure import Atoms, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 

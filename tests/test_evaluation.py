@@ -13,17 +13,17 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError, ModelError, OutputError
-from cryored.fourier import apply_shells
-from cryored.fsc import crossing_resolution, shell_correlation
-from cryored.lambda_schedule import model_schedule, parse_schedule, read_schedule
-from cryored.mask import soft_mask
-from cryored.models import find_model
-from cryored.mrc import read_volume, write_volume
-from cryored.simulate.pair_table import Pair, PairRow, read_pairs, write_pairs
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.fourier import apply_shells
+from cryored.maps.fsc import crossing_resolution, shell_correlation
+from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Volume, soft_sphere
+from cryored.prior.lambda_schedule import model_schedule, parse_schedule, read_schedule
+from cryored.prior.models import find_model
+from cryored.simulation.pair_table import Pair, PairRow, read_pairs, write_pairs
 from cryored.training import evaluation, lambda_fit
 from cryored.training.evaluation import FIRST, Judgement, evaluate_files, judge, judge_map, load_pair, summarise
 from cryored.training.lambda_fit import Regression, falling, fit, fit_files, regress, shell_sums
-from cryored.volume import Volume, soft_sphere
 
 BOX, ANGPIX = 24, 3.0
 SHELLS = np.arange(BOX // 2 + 1)
@@ -78,7 +78,7 @@ def model(tmp_path, monkeypatch):
     card = {"name": "prior", "input": "regularised", "pixel_size": ANGPIX, "width": 1, "depth": 1}
     card |= {"sha256": hashlib.sha256(b"no network").hexdigest(), "resolution_range": [4.0, 12.0]}
     (folder / "card.json").write_text(json.dumps(card))
-    monkeypatch.setattr("cryored.denoise.Denoiser", lambda model, gpu, threads: unchanged)
+    monkeypatch.setattr("cryored.prior.denoiser.Denoiser", lambda model, gpu, threads: unchanged)
     return str(folder)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryored.denoise import Denoiser
 from cryored.errors import InputError
-from cryored.fourier import apply_shells, forward, inverse, shell_index, shell_power
-from cryored.fsc import (
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.star import read_star
+from cryored.maps.fourier import apply_shells, forward, inverse, shell_index, shell_power
+from cryored.maps.fsc import (
     corrected_correlation,
     crossing_resolution,
     fsc_files,
@@ -23,9 +24,8 @@ from cryored.fsc import (
     nominal_resolution,
     shell_correlation,
 )
-from cryored.mrc import read_volume, write_volume
-from cryored.star import read_star
-from cryored.volume import Volume, soft_sphere
+from cryored.maps.volume import Volume, soft_sphere
+from cryored.prior.denoiser import Denoiser
 
 PKA = Path(__file__).parent / "data" / "postprocess_pka"
 HALF1, HALF2 = PKA / "run_half1_class001_unfil.mrc", PKA / "run_half2_class001_unfil.mrc"

@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
-from cryored.denoise import Denoiser
 from cryored.errors import InputError
-from cryored.fsc import FscResult, MaskedFsc, fsc_files, log_summary, nominal_resolution
-from cryored.fsc_table import format_tsv, format_xml, parse_fsc_table, read_fsc_table, star_blocks
-from cryored.mrc import write_volume
-from cryored.star import format_star, parse_star, read_star
-from cryored.volume import Volume
+from cryored.files.fsc_tables import format_tsv, format_xml, parse_fsc_table, read_fsc_table, star_blocks
+from cryored.files.mrc import write_volume
+from cryored.files.star import format_star, parse_star, read_star
+from cryored.maps.fsc import FscResult, MaskedFsc, fsc_files, log_summary, nominal_resolution
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import Denoiser
 
 PKA = Path(__file__).parent / "data" / "postprocess_pka"
 HALF1, HALF2, MASK = (

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from cryored.errors import InputError, OutputError
-from cryored.watching import handover
-from cryored.watching.handover import PRESENCE, Inbox, Presence
+from cryored.refinement import mailbox as handover
+from cryored.refinement.mailbox import PRESENCE, Inbox, Presence
 
 TOKEN = "0123abcd"
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.fourier import apply_shells, forward, shell_index
-from cryored.fsc import shell_correlation
-from cryored.mrc import read_volume, write_volume
-from cryored.red_update import load_sums
-from cryored.relion import read_request_file
-from cryored.simulate.grey_scale import grey_scale
-from cryored.simulate.harvest import find_requests, harvest_files, harvest_request, overlap
-from cryored.simulate.pair_table import read_pairs
-from cryored.star import read_star
-from cryored.volume import Volume
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.requests import read_request_file
+from cryored.files.star import read_star
+from cryored.maps.fourier import apply_shells, forward, shell_index
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.truth_scale import grey_scale
+from cryored.maps.volume import Volume
+from cryored.refinement.red_update import load_sums
+from cryored.simulation.harvest import find_requests, harvest_files, harvest_request, overlap
+from cryored.simulation.pair_table import read_pairs
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
 CASE = REQUESTS / "pka_box64_pad1"

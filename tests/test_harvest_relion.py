@@ -18,13 +18,14 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.errors import InputError
-from cryored.fsc import shell_correlation
-from cryored.mrc import read_volume
-from cryored.simulate import harvest_relion, refinement
-from cryored.simulate.harvest import overlap
-from cryored.simulate.harvest_relion import plan
-from cryored.simulate.pair_table import read_pairs
-from cryored.star import read_star
+from cryored.files.mrc import read_volume
+from cryored.files.star import read_star
+from cryored.maps.fsc import shell_correlation
+from cryored.refinement import harvest_relion
+from cryored.refinement import relion_runs as refinement
+from cryored.refinement.harvest_relion import plan
+from cryored.simulation.harvest import overlap
+from cryored.simulation.pair_table import read_pairs
 
 REPOSITORY = Path(__file__).parents[1]
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
@@ -46,8 +47,8 @@ if mode == "hang":
     Path({mode!r}).with_name("pid").write_text(str(os.getpid()))
     time.sleep(600)
 import mrcfile, numpy as np
-from cryored.mrc import read_volume
-from cryored.star import write_star
+from cryored.files.mrc import read_volume
+from cryored.files.star import write_star
 arguments = sys.argv
 root = arguments[arguments.index("--o") + 1]
 assert Path("particles.mrcs").stat().st_size and Path("particles_reference.mrc").exists()
@@ -107,7 +108,7 @@ def program(*arguments):
 
 def run(*arguments):
     """Run it as a process of its own."""
-    command = [sys.executable, "-m", "cryored.simulate.harvest_relion", *map(str, arguments)]
+    command = [sys.executable, "-m", "cryored.refinement.harvest_relion", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -308,7 +309,7 @@ def test_a_structure_of_another_part_stops_before_anything(relion, structures):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_children(relion, structures, number):
     relion("hang")
-    command = [sys.executable, "-m", "cryored.simulate.harvest_relion", *structures, "-o", "out", *SMALL]
+    command = [sys.executable, "-m", "cryored.refinement.harvest_relion", *structures, "-o", "out", *SMALL]
     begin = {"PYTHONPATH": str(REPOSITORY)} | os.environ
     process = subprocess.Popen(
         command,

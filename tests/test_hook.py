@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cryored.watching.handover import PRESENCE, Inbox, Presence
+from cryored.refinement.mailbox import PRESENCE, Inbox, Presence
 
 REPOSITORY = Path(__file__).parents[1]
 ROOT = "run/run_it003_half1_class001"
@@ -311,7 +311,7 @@ def test_a_request_of_another_hook_is_left_alone(shell):
 def test_a_watcher_killed_in_the_middle():
     program = """
 import sys, time
-from cryored.watching.handover import Inbox, Presence
+from cryored.refinement.mailbox import Inbox, Presence
 with Presence("run", sys.argv[1:]) as presence:
     inbox = Inbox("run", presence.token)
     while not (orders := inbox.waiting()):

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
-from cryored.fsc import shell_correlation
-from cryored.project import angular_distance, random_rotations
-from cryored.red_update import load_sums
-from cryored.relion import read_request_file
-from cryored.simulate import intermediates
-from cryored.simulate.density import gaussian_map
-from cryored.simulate.intermediates import Experiment, intermediate_pairs, map_prior, pairs_of, trajectory
-from cryored.simulate.structure import read_atoms
-from cryored.update import inverse_prior, reconstruct
+from cryored.files.requests import read_request_file
+from cryored.maps.fourier import apply_shells
+from cryored.maps.fsc import shell_correlation
+from cryored.reconstruction.projection import angular_distance, random_rotations
+from cryored.reconstruction.update import inverse_prior, reconstruct
+from cryored.refinement.red_update import load_sums
+from cryored.simulation import intermediates
+from cryored.simulation.density import gaussian_map
+from cryored.simulation.intermediates import Experiment, intermediate_pairs, map_prior, pairs_of, trajectory
+from cryored.simulation.structure import read_atoms
 
 DATA = Path(__file__).parent / "data"
 BOX, ANGPIX, RESOLUTION, DIAMETER = 32, 3.0, 6.0, 80.0
@@ -137,7 +137,7 @@ def test_same_seed_same_bytes(truth, monkeypatch):
     experiment = dataclasses.replace(EASY, number=60)
     one = refine(truth, experiment, seed=5, iterations=2)
     monkeypatch.setattr("cryored.threads.default_threads", lambda: 1)
-    monkeypatch.setattr("cryored.project.default_threads", lambda: 1)
+    monkeypatch.setattr("cryored.reconstruction.projection.default_threads", lambda: 1)
     two = refine(truth, experiment, seed=5, iterations=2)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a.fsc, b.fsc)

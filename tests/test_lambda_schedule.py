@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.lambda_schedule import Schedule, linear_schedule, model_schedule, read_schedule, source_resolution
-from cryored.models import Model, ModelCard, write_card
+from cryored.prior.lambda_schedule import Schedule, linear_schedule, model_schedule, read_schedule, source_resolution
+from cryored.prior.models import Model, ModelCard, write_card
 
 DATA = Path(__file__).parent / "data"
 PKA = DATA / "postprocess_pka"

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from small_pairs import BOX, TINY, write_tables
 
-from cryored import device
 from cryored.errors import InputError, ModelError, OutputError
-from cryored.models import find_model, load_network
-from cryored.network import build_unet
-from cryored.simulate.pair_table import read_pairs
+from cryored.prior import device
+from cryored.prior.models import find_model, load_network
+from cryored.prior.network import build_unet
+from cryored.simulation.pair_table import read_pairs
 from cryored.training.batches import PairStore, draw_batch
 from cryored.training.loop import (
     Log,
@@ -333,8 +333,8 @@ TWO_DEVICES = """
 import sys
 from dataclasses import replace
 import numpy as np
-from cryored import device
-from cryored.train import train_files
+from cryored.prior import device
+from cryored.training.train import train_files
 from small_pairs import TINY
 {prepare}
 train_files([sys.argv[1]], sys.argv[2], TINY, validation=sys.argv[3], gpu=False)

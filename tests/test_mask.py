@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
-from cryored.mask import soft_mask
-from cryored.volume import Volume, squared_distance
+from cryored.maps.fourier import apply_shells
+from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Volume, squared_distance
 
 WIDTH = 15.0  # angstrom: so wide that the low-pass filter at 15 A leaves it as it is
 

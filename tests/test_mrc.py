@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError, OutputError
-from cryored.mrc import new_stack, read_array, read_volume, write_volume
-from cryored.volume import Volume
+from cryored.files.mrc import new_stack, read_array, read_volume, write_volume
+from cryored.maps.volume import Volume
 
 ODD = Path(__file__).parent / "data" / "odd_mrc"
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
@@ -203,7 +203,7 @@ def test_an_unknown_voxel_size_stays_unknown(tmp_path, ramp):
 def test_through_pipes(tmp_path, ramp):
     write_volume(tmp_path / "a.mrc", ramp, label="test")
     program = (
-        "from cryored.mrc import read_volume, write_volume\n"
+        "from cryored.files.mrc import read_volume, write_volume\n"
         "volume = read_volume('-')\n"
         "write_volume('-', volume.with_data(2 * volume.data), label='test')"
     )
@@ -223,7 +223,7 @@ def test_a_stream_has_the_bytes_of_a_file(tmp_path):
 
 
 def test_compressed_streams(tmp_path):
-    program = "from cryored.mrc import read_volume\nprint(read_volume('-').data.mean())"
+    program = "from cryored.files.mrc import read_volume\nprint(read_volume('-').data.mean())"
     for name in ("gzipped.mrc.gz", "bzipped.mrc.bz2"):
         with (ODD / name).open("rb") as source:
             done = subprocess.run([sys.executable, "-c", program], stdin=source, capture_output=True, timeout=60)
@@ -241,7 +241,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, ramp, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cryored.mrc._fill", full)
+    monkeypatch.setattr("cryored.files.mrc._fill", full)
     with pytest.raises(OutputError, match="a.mrc: cannot be written: No space left on device"):
         write_volume(path, ramp, label="test")
     assert path.read_bytes() == before

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.simulate.noise import Spectrum, draw_noise, noise_filter, read_spectrum
-from cryored.star import read_star
+from cryored.files.star import read_star
+from cryored.simulation.noise import Spectrum, draw_noise, noise_filter, read_spectrum
 
 MODEL = Path(__file__).parent / "data/relion_requests/pka_box64_pad1/run/run_it002_half1_model.star"
 

@@ -5,9 +5,15 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from cryored.errors import InputError
-from cryored.orientation import angular_error, angular_error_file, common_rotation
-from cryored.project import angular_distance, euler_angles, perturb, random_rotations, rotation_matrices
-from cryored.star import write_star
+from cryored.files.star import write_star
+from cryored.reconstruction.orientations import angular_error, angular_error_file, common_rotation
+from cryored.reconstruction.projection import (
+    angular_distance,
+    euler_angles,
+    perturb,
+    random_rotations,
+    rotation_matrices,
+)
 
 
 def rng(seed=0):

@@ -22,18 +22,18 @@ from click.testing import CliRunner
 from cryored.cli import cli
 from cryored.cli.simulate_pairs import simulate_pairs
 from cryored.errors import InputError
-from cryored.fourier import apply_shells, forward, inverse, shell_index, spatial_frequency
-from cryored.fsc import nominal_resolution, shell_correlation
-from cryored.mrc import read_volume
-from cryored.simulate import gaussian, pairs
-from cryored.simulate.density import gaussian_transform
-from cryored.simulate.gaussian import draw_map, gaussian_pairs
-from cryored.simulate.methods import METHODS, find_method
-from cryored.simulate.pair_table import Pair, log_summary, read_pairs, write_pairs
-from cryored.simulate.pairs import simulate_pairs_files
-from cryored.simulate.picture import draw_pairs, spread
-from cryored.simulate.structure import Atoms, read_atoms
-from cryored.star import read_star
+from cryored.files.mrc import read_volume
+from cryored.files.star import read_star
+from cryored.maps.fourier import apply_shells, forward, inverse, shell_index, spatial_frequency
+from cryored.maps.fsc import nominal_resolution, shell_correlation
+from cryored.simulation import gaussian, pairs
+from cryored.simulation.density import gaussian_transform
+from cryored.simulation.gaussian import draw_map, gaussian_pairs
+from cryored.simulation.methods import METHODS, find_method
+from cryored.simulation.pair_pictures import draw_pairs, spread
+from cryored.simulation.pair_table import Pair, log_summary, read_pairs, write_pairs
+from cryored.simulation.pairs import simulate_pairs_files
+from cryored.simulation.structure import Atoms, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 BOX, ANGPIX, RESOLUTION = 32, 3.0, 6.0  # 6M2B with its margin needs 67 A
@@ -636,7 +636,7 @@ def test_a_refinement_is_handed_on(made, tmp_path, monkeypatch):
         calls.append((arguments, options))
         return made / "pairs.star"
 
-    monkeypatch.setattr("cryored.simulate.harvest.harvest_files", harvest_files)
+    monkeypatch.setattr("cryored.simulation.harvest.harvest_files", harvest_files)
     words = ["--from-relion", "run", "--truth", "t.mrc", "-o", str(tmp_path), "--split", "m.csv", "--name", "x"]
     for angpix in ([], ["--angpix", "1.5"]):
         done = CliRunner().invoke(cli, ["simulate", "pairs", *words, *angpix])

@@ -23,14 +23,14 @@ from paper import measure, plan, results, work
 from paper.plan import RUNS, Cell, parse_cells, parse_runs
 from paper.work import Experiment
 
+from cryored.assessment.noise_substitution import SubstitutedFsc
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
-from cryored.mrc import read_volume, write_volume
-from cryored.project import euler_angles, perturb, rotation_matrices
-from cryored.simulate.pair_table import Pair, write_pair, write_pairs
-from cryored.simulate.refinement import LOCAL_SEARCH, RefinementError
-from cryored.star import read_star, write_star
-from cryored.substitution import SubstitutedFsc
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.star import read_star, write_star
+from cryored.maps.fourier import apply_shells
+from cryored.reconstruction.projection import euler_angles, perturb, rotation_matrices
+from cryored.refinement.relion_runs import LOCAL_SEARCH, RefinementError
+from cryored.simulation.pair_table import Pair, write_pair, write_pairs
 
 REPOSITORY = Path(__file__).parents[1]
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"

@@ -18,16 +18,16 @@ import pytest
 import scipy.stats
 from click.testing import CliRunner
 
-import cryored.simulate.particles
+import cryored.simulation.particles
 from cryored.cli.simulate_particles import particles as command
 from cryored.errors import CryoredError, InputError, OutputError
-from cryored.fourier import forward, low_pass, shell_index
-from cryored.mrc import Stack, read_volume, write_volume
-from cryored.project import angular_distance, ctf, rotation_matrices
-from cryored.simulate.noise import noise_filter, read_spectrum
-from cryored.simulate.particles import Microscope, simulate_particles_file
-from cryored.star import read_star, write_star
-from cryored.volume import Volume
+from cryored.files.mrc import Stack, read_volume, write_volume
+from cryored.files.star import read_star, write_star
+from cryored.maps.fourier import forward, low_pass, shell_index
+from cryored.maps.volume import Volume
+from cryored.reconstruction.projection import angular_distance, ctf, rotation_matrices
+from cryored.simulation.noise import noise_filter, read_spectrum
+from cryored.simulation.particles import Microscope, simulate_particles_file
 
 BOX, ANGPIX = 32, 3.0
 
@@ -245,9 +245,9 @@ def test_same_seed_same_bytes(project, monkeypatch, noise, box):
     write_volume("map.mrc", Volume(blobs(box), ANGPIX), label="test")
     options = {"number": 30, "shift": 1.0, "perturb_angles": 3.0, "seed": 5, "noise": noise}
     simulate_particles_file("map.mrc", "one", threads=1, **options)
-    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", 7 * box**2)
+    monkeypatch.setattr(cryored.simulation.particles, "_CHUNK_PIXELS", 7 * box**2)
     simulate_particles_file("map.mrc", "two", threads=2, **options)
-    monkeypatch.setattr(cryored.simulate.particles, "_RUN", 3)
+    monkeypatch.setattr(cryored.simulation.particles, "_RUN", 3)
     simulate_particles_file("map.mrc", "three", threads=3, **options)
     assert contents("one") == contents("two") == contents("three")
     simulate_particles_file("map.mrc", "other", **options | {"seed": 6})
@@ -257,7 +257,7 @@ def test_same_seed_same_bytes(project, monkeypatch, noise, box):
 def test_memory_does_not_grow_with_the_number(project, monkeypatch):
     box = 64
     write_volume("map.mrc", Volume(blobs(box), 1.5), label="test")
-    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", 4 * box**2)
+    monkeypatch.setattr(cryored.simulation.particles, "_CHUNK_PIXELS", 4 * box**2)
 
     def peak(number):
         # Counted from the first images on: before, the padded map's transform is the largest.
@@ -281,7 +281,7 @@ def test_memory_does_not_grow_with_the_number(project, monkeypatch):
 
 
 def test_an_interrupted_run_leaves_nothing(project, monkeypatch):
-    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", BOX**2)
+    monkeypatch.setattr(cryored.simulation.particles, "_CHUNK_PIXELS", BOX**2)
 
     def interrupt(done, total):
         if done == 3:
@@ -294,7 +294,7 @@ def test_an_interrupted_run_leaves_nothing(project, monkeypatch):
 
 KILLED = """
 import os, signal
-import cryored.simulate.particles as particles
+import cryored.simulation.particles as particles
 
 particles._CHUNK_PIXELS = {box} ** 2
 
@@ -344,7 +344,7 @@ def test_a_truncated_stack_is_replaced_whole(project):
     ],
 )
 def test_a_full_disk_leaves_no_half_file(project, monkeypatch, owner, function, call, file):
-    monkeypatch.setattr(cryored.simulate.particles, "_CHUNK_PIXELS", BOX**2)
+    monkeypatch.setattr(cryored.simulation.particles, "_CHUNK_PIXELS", BOX**2)
     write, calls = getattr(owner, function), []
 
     def fill_up(*arguments, **options):

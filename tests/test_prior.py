@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cryored.denoise import Denoiser
-from cryored.fourier import low_pass
-from cryored.fsc import shell_correlation
-from cryored.models import find_model
-from cryored.network import build_unet, condition, scaled
-from cryored.project import random_rotations
-from cryored.simulate.density import gaussian_map
-from cryored.simulate.features import Features, draw_features, featured_map
-from cryored.simulate.grey_scale import grey_scale
-from cryored.simulate.intermediates import Experiment
-from cryored.simulate.structure import read_atoms
-from cryored.training import prior
-from cryored.training.prior import Plan, Samples, draw_crops, learning_rate, loss_of, main
-from cryored.training.refining import Refiner, uneven_rotations
-from cryored.volume import Volume
+from cryored.maps.fourier import low_pass
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.truth_scale import grey_scale
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import find_model
+from cryored.prior.network import build_unet, condition, scaled
+from cryored.reconstruction.projection import random_rotations
+from cryored.simulation.density import gaussian_map
+from cryored.simulation.features import Features, draw_features, featured_map
+from cryored.simulation.intermediates import Experiment
+from cryored.simulation.structure import read_atoms
+from cryored.training import from_atoms as prior
+from cryored.training.device_refinements import Refiner, uneven_rotations
+from cryored.training.from_atoms import Plan, Samples, draw_crops, learning_rate, loss_of, main
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
@@ -108,7 +108,7 @@ def test_transforms_are_those_of_the_library(truth):
         ops.convert_to_numpy(refiner.inverse(refiner.forward(data))), truth, atol=1e-5 * truth.max()
     )
     shells = np.exp(-np.arange(BOX // 2 + 1) / 4.0)
-    from cryored.fourier import apply_shells
+    from cryored.maps.fourier import apply_shells
 
     np.testing.assert_allclose(
         ops.convert_to_numpy(refiner.filtered(data, shells)), apply_shells(truth, shells), atol=2e-5 * truth.max()

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 
 from cryored.errors import InputError
-from cryored.project import (
+from cryored.maps.volume import squared_distance
+from cryored.reconstruction.projection import (
     Projector,
     angular_distance,
     ctf,
@@ -18,7 +19,6 @@ from cryored.project import (
     rotation_matrices,
     shift_phases,
 )
-from cryored.volume import squared_distance
 
 CHANCE = 1e-3  # p-value below which a sample is called not uniform; seeds are fixed, so this decides once
 

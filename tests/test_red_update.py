@@ -22,13 +22,13 @@ from click.testing import CliRunner
 
 import cryored
 from cryored.cli import cli
-from cryored.lambda_schedule import Schedule
-from cryored.mrc import read_array, read_volume, write_volume
-from cryored.red_update import Settings, Updater
-from cryored.relion import read_request
-from cryored.star import read_star
-from cryored.update import Accumulators, Denoised, inverse_prior, reconstruct
-from cryored.volume import Volume
+from cryored.files.mrc import read_array, read_volume, write_volume
+from cryored.files.requests import read_request
+from cryored.files.star import read_star
+from cryored.maps.volume import Volume
+from cryored.prior.lambda_schedule import Schedule
+from cryored.reconstruction.update import Accumulators, Denoised, inverse_prior, reconstruct
+from cryored.refinement.red_update import Settings, Updater
 
 REPOSITORY = Path(__file__).parents[1]
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
@@ -904,15 +904,15 @@ import shutil, sys
 import numpy as np
 from pathlib import Path
 from click.testing import CliRunner
-from cryored import device
+from cryored.prior import device
 from cryored.cli import cli
 
 job, *inputs = sys.argv[1:]
 device.set_up(False, 2)
 
 import keras
-from cryored.models import ModelCard, save_model
-from cryored.network import build_unet
+from cryored.prior.models import ModelCard, save_model
+from cryored.prior.network import build_unet
 
 def run(*arguments):
     done = CliRunner().invoke(cli, list(arguments))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import refine
 
-from cryored.lambda_schedule import model_schedule
-from cryored.models import find_model
-from cryored.mrc import read_volume
+from cryored.files.mrc import read_volume
+from cryored.prior.lambda_schedule import model_schedule
+from cryored.prior.models import find_model
 
 pytestmark = [
     pytest.mark.relion,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.relion import is_request, read_request
-from cryored.star import parse_star, read_star
+from cryored.files.requests import is_request, read_request
+from cryored.files.star import parse_star, read_star
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
 STARS = sorted(REQUESTS.glob("*/run/*_external_reconstruct.star"))

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from side_by_side import Method, choose, compare, smoothing, summary, topaz_methods, tune, weighting
 from small_pairs import write_tables
 
-from cryored.denoise import Denoiser
-from cryored.fourier import apply_shells
-from cryored.models import find_model
-from cryored.simulate.pair_table import PairRow, read_pairs, write_pairs
+from cryored.maps.fourier import apply_shells
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import find_model
+from cryored.simulation.pair_table import PairRow, read_pairs, write_pairs
 from cryored.training.evaluation import judge, load_pair, summarise
-from cryored.volume import Volume
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cryored.errors import InputError
-from cryored.simulate.split import check_split, read_split
+from cryored.simulation.split import check_split, read_split
 
 TABLE = """id,file,split,note
 1ABC,train/1ABC.pdb.gz,train,"a, quoted"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.simulate.structure import MARGIN, Atoms, check_fits, read_atoms
+from cryored.simulation.structure import MARGIN, Atoms, check_fits, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 

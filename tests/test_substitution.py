@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from cryored.assessment.noise_substitution import substitute_noise, substituted_correlation
 from cryored.errors import InputError
-from cryored.fourier import apply_shells, forward, shell_index, shell_power
-from cryored.fsc import shell_correlation
-from cryored.substitution import substitute_noise, substituted_correlation
-from cryored.volume import soft_sphere
+from cryored.maps.fourier import apply_shells, forward, shell_index, shell_power
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.volume import soft_sphere
 
 SHAPES = [(24, 24, 24), (25, 25, 25), (24, 20, 17), (15, 16, 30)]
 # Rounding of the transforms alone: a few eps at unit correlation.

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from cryored.denoise import cube_rotations, rotate, rotate_back
 from cryored.errors import InputError
-from cryored.fourier import apply_shells, forward, inverse, shell_index, shell_power, spatial_frequency
-from cryored.fsc import nominal_resolution, shell_correlation
-from cryored.simulate import gaussian
-from cryored.simulate.density import gaussian_map
-from cryored.simulate.gaussian import Draw, draw_map
-from cryored.simulate.structure import read_atoms
-from cryored.standardise import standard_of
-from cryored.training import synthesis
-from cryored.training.synthesis import Synthesis
+from cryored.maps.fourier import apply_shells, forward, inverse, shell_index, shell_power, spatial_frequency
+from cryored.maps.fsc import nominal_resolution, shell_correlation
+from cryored.maps.network_scale import standard_of
+from cryored.prior.denoiser import cube_rotations, rotate, rotate_back
+from cryored.simulation import gaussian
+from cryored.simulation.density import gaussian_map
+from cryored.simulation.gaussian import Draw, draw_map
+from cryored.simulation.structure import read_atoms
+from cryored.training import device_pairs as synthesis
+from cryored.training.device_pairs import Synthesis
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 ANGPIX, RESOLUTION = 4.0, 8.0
@@ -40,7 +40,7 @@ ENGINES = ("tensorflow", "torch", "jax")
 
 def make(folder):
     """Make with the back-end of KERAS_BACKEND what the tests look at."""
-    from cryored import device
+    from cryored.prior import device
 
     device.set_up(gpu=False)
     found = {}

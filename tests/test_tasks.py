@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cryored.errors import CryoredError, InputError
-from cryored.simulate.tasks import run_tasks
+from cryored.simulation.workers import run_tasks
 from cryored.threads import default_threads
 
 
@@ -77,7 +77,7 @@ def test_results_come_in_the_order_of_the_tasks(where):
 
 
 def test_more_tasks_than_are_given_out_at_once(where, monkeypatch):
-    monkeypatch.setattr("cryored.simulate.tasks._AHEAD", 3)
+    monkeypatch.setattr("cryored.simulation.workers._AHEAD", 3)
     assert list(run_tasks(square, range(20), **where)) == [number**2 for number in range(20)]
 
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_killed_is_told_in_one_line():
 
 def test_a_cluster_that_nobody_has_started(monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("cryored.simulate.tasks._ANSWER", 0.2)
+    monkeypatch.setattr("cryored.simulation.workers._ANSWER", 0.2)
     with pytest.raises(
         CryoredError, match="^tcp://127.0.0.1:1: no Dask scheduler answers .*; start one with"
     ) as caught:
@@ -166,7 +166,7 @@ def test_a_cluster_without_workers_is_told_of():
             told.append(record.getMessage())
             empty.scale(1)
 
-    listener, log = Listener(), logging.getLogger("cryored.simulate.tasks")
+    listener, log = Listener(), logging.getLogger("cryored.simulation.workers")
     log.addHandler(listener)
     try:
         with distributed.LocalCluster(

@@ -17,16 +17,17 @@ import pytest
 from click.testing import CliRunner
 from small_pairs import ANGPIX, BOX, TINY, write_tables
 
-from cryored import __version__, device
+from cryored import __version__
 from cryored.cli import cli
-from cryored.denoise import Denoiser
 from cryored.errors import CryoredError, InputError, ModelError
-from cryored.models import check_weights, find_model, load_network
-from cryored.mrc import read_volume, write_volume
-from cryored.simulate.pair_table import read_pairs, write_pairs
-from cryored.train import read_truths, train_files
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.volume import Volume
+from cryored.prior import device
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import check_weights, find_model, load_network
+from cryored.simulation.pair_table import read_pairs, write_pairs
 from cryored.training.loop import Recipe, Validation
-from cryored.volume import Volume
+from cryored.training.train import read_truths, train_files
 
 # Keras asks TensorFlow's variables for numpy arrays in the way of numpy 1.
 pytestmark = pytest.mark.filterwarnings(
@@ -301,7 +302,7 @@ def test_a_full_disk_while_the_model_is_saved(tables, tmp_path):
     """The checkpoint stays, and training goes on from it to its end once there is room."""
     script = (
         "import resource\n"
-        "from cryored import train\n"
+        "from cryored.training import train\n"
         "from cryored.cli import main\n"
         "save = train.save_model\n"
         "def limited(*arguments):\n"

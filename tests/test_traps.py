@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.mrc import read_volume, write_volume
-from cryored.relion import read_request_file
-from cryored.volume import Volume
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.requests import read_request_file
+from cryored.maps.volume import Volume
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_header_that_lies_costs_nothing(volume, tmp_path, place, pack):
     path.write_bytes(pack(damaged(path, place, 2**27)))
     code = f"""
 from cryored.errors import InputError
-from cryored.mrc import read_volume
+from cryored.files.mrc import read_volume
 try:
     read_volume({str(path)!r})
 except InputError as error:
@@ -136,7 +136,7 @@ def test_maps_in_different_places_are_named(halves):
 
 
 def test_dark_density_is_noticed(halves, monkeypatch):
-    monkeypatch.setattr("cryored.denoise.Denoiser.__call__", lambda self, volume, fsc: volume)
+    monkeypatch.setattr("cryored.prior.denoiser.Denoiser.__call__", lambda self, volume, fsc: volume)
     assert "density is dark on bright" in run("denoise", "inverted.mrc", "-o", "a.mrc").stderr
     assert "dark on bright" not in run("denoise", "half1.mrc", "-o", "b.mrc").stderr
 

@@ -13,16 +13,16 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
-from cryored.denoise import Denoiser, predict_tiled
 from cryored.errors import InputError, ModelError
-from cryored.fourier import apply_shells, low_pass
-from cryored.fsc import shell_correlation
-from cryored.models import ModelCard, check_uncertainty, find_model, load_network, save_model, write_card
-from cryored.mrc import read_volume, write_volume
-from cryored.network import build_unet, condition
-from cryored.red_update import known_fsc
-from cryored.resample import interpolate, plan_axis
-from cryored.volume import Volume, soft_sphere
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.fourier import apply_shells, low_pass
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.resample import interpolate, plan_axis
+from cryored.maps.volume import Volume, soft_sphere
+from cryored.prior.denoiser import Denoiser, predict_tiled
+from cryored.prior.models import ModelCard, check_uncertainty, find_model, load_network, save_model, write_card
+from cryored.prior.network import build_unet, condition
+from cryored.refinement.red_update import known_fsc
 
 pytestmark = pytest.mark.filterwarnings(
     # Keras asks TensorFlow's variables for numpy arrays in the way of numpy 1.

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.mrc import read_array, read_volume
-from cryored.relion import read_request
-from cryored.star import read_star
-from cryored.update import Accumulators, Denoised, check_accumulators, inverse_prior, reconstruct
+from cryored.files.mrc import read_array, read_volume
+from cryored.files.requests import read_request
+from cryored.files.star import read_star
+from cryored.reconstruction.update import Accumulators, Denoised, check_accumulators, inverse_prior, reconstruct
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
 STARS = sorted(REQUESTS.glob("*/run/*_external_reconstruct.star"))

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cryored import device
 from cryored.cli import cli
 from cryored.cli.red_update import red_update
 from cryored.cli.watch import _hook_options, watch
-from cryored.denoise import Denoiser
-from cryored.models import ModelCard, find_model, save_model
-from cryored.mrc import read_volume
-from cryored.network import build_unet
-from cryored.red_update import Settings, Updater
-from cryored.watch import Poll, Server
+from cryored.files.mrc import read_volume
+from cryored.prior import device
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import ModelCard, find_model, save_model
+from cryored.prior.network import build_unet
+from cryored.refinement.red_update import Settings, Updater
+from cryored.refinement.watcher import Poll, Server
 
 REPOSITORY = Path(__file__).parents[1]
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"

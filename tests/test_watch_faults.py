@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryored.mrc import read_volume
+from cryored.files.mrc import read_volume
 
 REPOSITORY = Path(__file__).parents[1]
 HOOK = REPOSITORY / "bin" / "cryored-external-reconstruct"
@@ -26,7 +26,7 @@ PRESENCE = Path("run/cryored_watch.txt")
 # The command line with a pause before each result, so that there is a middle of a request to kill it in.
 SLOW = """
 import sys, time
-from cryored import red_update
+from cryored.refinement import red_update
 write = red_update.Outputs.write
 def slow(*arguments):
     print("writing", flush=True)

@@ -16,9 +16,9 @@ from matplotlib.image import imread
 
 import cryored
 from cryored.errors import OutputError
-from cryored.watching.figures import Axis, Line, chart, grey_png, round_axis, shades
-from cryored.watching.report import Report, _most_crowded, _resolution_axis
-from cryored.watching.table import Entry
+from cryored.refinement.report import Report, _most_crowded, _resolution_axis
+from cryored.refinement.report_figures import Axis, Line, chart, grey_png, round_axis, shades
+from cryored.refinement.watch_table import Entry
 
 BOX = 96
 ANGPIX = 1.5

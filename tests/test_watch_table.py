@@ -1,4 +1,4 @@
-"""What ``cryored watch`` shows of each request: `cryored.watching.table`."""
+"""What ``cryored watch`` shows of each request: `cryored.refinement.watch_table`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import weakref
 import pytest
 from rich.console import Console
 
-from cryored.watching.table import STEPS, Entry, Table, add_steps
+from cryored.refinement.watch_table import STEPS, Entry, Table, add_steps
 
 SECONDS = {
     "waited": 0.01,
@@ -146,7 +146,7 @@ def test_without_a_terminal_a_line_a_request(monkeypatch, capsys):
     logged = []
     handler = logging.Handler()
     handler.emit = logged.append
-    logger = logging.getLogger("cryored.watching.table")
+    logger = logging.getLogger("cryored.refinement.watch_table")
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
     with Table("job012", "model cwred") as table:

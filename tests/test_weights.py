@@ -10,13 +10,13 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.models import find_model
-from cryored.mrc import read_array, read_volume, write_volume
-from cryored.relion import read_request, read_request_file
-from cryored.star import read_star
+from cryored.files.mrc import read_array, read_volume, write_volume
+from cryored.files.requests import read_request, read_request_file
+from cryored.files.star import read_star
+from cryored.prior.models import find_model
+from cryored.prior.weights import Calibration, model_calibration, parse_calibration
+from cryored.reconstruction.update import Accumulators, Denoised, inverse_prior, reconstruct
 from cryored.training.calibration import Moments, fit_weights, measure_weights, moments, refinement_moments
-from cryored.update import Accumulators, Denoised, inverse_prior, reconstruct
-from cryored.weights import Calibration, model_calibration, parse_calibration
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
 FLOAT32 = 1e-6  # the specification's bound on float32 arithmetic against RELION in double precision

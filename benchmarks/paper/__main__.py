@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cryored.cli import Program, options, run_program
 from cryored.errors import CryoredError
-from cryored.output import write_text
-from cryored.simulate.refinement import check_relion
+from cryored.files.output import write_text
+from cryored.refinement.relion_runs import check_relion
 from paper.plan import CELLS, RUNS, SCALES, parse_cells, parse_runs
 from paper.results import check, format_table, report, table_rows
 from paper.work import Experiment, do_all

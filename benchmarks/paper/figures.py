@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cryored.plotting import new_figure, save_figure
+from cryored.files.plots import new_figure, save_figure
 from paper.measure import Record, frequency, picture_of
 from paper.plan import LEVELS, NOISE_RUNS, NOISES, RUNS, STRUCTURES, SWAPPED, Cell
 from paper.results import Records

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cryored.fsc import Curve, crossing_resolution, nominal_resolution, shell_correlation, whole_set_fsc
-from cryored.mask import soft_mask
-from cryored.mrc import read_volume
-from cryored.orientation import angular_error_file
-from cryored.simulate.refinement import Data, final_map, half_maps
-from cryored.star import read_star
-from cryored.volume import Floats
+from cryored.files.mrc import read_volume
+from cryored.files.star import read_star
+from cryored.maps.fsc import Curve, crossing_resolution, nominal_resolution, shell_correlation, whole_set_fsc
+from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Floats
+from cryored.reconstruction.orientations import angular_error_file
+from cryored.refinement.relion_runs import Data, final_map, half_maps
 
 Record = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryored.errors import InputError
-from cryored.simulate.refinement import GLOBAL_SEARCH, LOCAL_SEARCH
+from cryored.refinement.relion_runs import GLOBAL_SEARCH, LOCAL_SEARCH
 
 # The paper's structures, and what stands for each where its own file is not there.
 STRUCTURES = {"4ail": "4F3T", "4bb9": "2XZP", "4btf": "7NF3", "4m82": "7MJZ"}

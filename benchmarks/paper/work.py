@@ -28,18 +28,18 @@ from typing import Any
 import numpy as np
 
 from cryored import __version__
-from cryored.denoise import Denoiser
+from cryored.assessment.noise_substitution import substituted_volumes
 from cryored.errors import CryoredError, InputError, ModelError
-from cryored.fsc import shell_correlation
-from cryored.mask import soft_mask
-from cryored.models import check_weights, find_model
-from cryored.mrc import read_volume
-from cryored.output import write_text
-from cryored.red_update import DENOISED
-from cryored.simulate.harvest import harvest_files
-from cryored.simulate.harvest_relion import Display
-from cryored.simulate.pair_table import read_pairs
-from cryored.simulate.refinement import (
+from cryored.files.mrc import read_volume
+from cryored.files.output import write_text
+from cryored.maps.fsc import shell_correlation
+from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import check_weights, find_model
+from cryored.refinement.harvest_relion import Display
+from cryored.refinement.red_update import DENOISED
+from cryored.refinement.relion_runs import (
     MASK,
     RELION_HOOK,
     Data,
@@ -53,9 +53,9 @@ from cryored.simulate.refinement import (
     resident,
     solvent_mask,
 )
-from cryored.substitution import substituted_volumes
+from cryored.simulation.harvest import harvest_files
+from cryored.simulation.pair_table import read_pairs
 from cryored.training.evaluation import judge, load_pair, shown, weigh
-from cryored.volume import Volume
 from paper.measure import Record, measure, measure_refinement, picture, rounded, swapped_correlation
 from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cryored.cli import options
-from cryored.output import is_stream
+from cryored.files.output import is_stream
 
 
 @click.command()
@@ -86,7 +86,7 @@ def denoise(
         if is_stream(output) or is_stream(uncertainty):
             raise click.UsageError("--chimerax opens the two maps by name; neither can be '-'")
 
-    from cryored.denoise import denoise_file
+    from cryored.prior.denoiser import denoise_file
 
     denoise_file(
         map_path,

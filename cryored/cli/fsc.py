@@ -85,7 +85,7 @@ def fsc(
 
     MAP1, MAP2 or the mask may be "-" for standard input, and --star or --xml "-" for standard output.
     """
-    from cryored.output import STREAM, check_target, write_text
+    from cryored.files.output import STREAM, check_target, write_text
 
     if [map1, map2, mask].count(STREAM) > 1:
         raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")
@@ -99,9 +99,9 @@ def fsc(
         if target is not None and target != STREAM:
             check_target(target, overwrite)
 
-    from cryored.fsc import fsc_files, log_summary
-    from cryored.fsc_table import draw_fsc, format_tsv, format_xml, star_blocks
-    from cryored.star import write_star
+    from cryored.files.fsc_tables import draw_fsc, format_tsv, format_xml, star_blocks
+    from cryored.files.star import write_star
+    from cryored.maps.fsc import fsc_files, log_summary
 
     result = fsc_files(
         map1,

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from cryored.cli import options
-from cryored.models import DEFAULT_MODEL
+from cryored.prior.models import DEFAULT_MODEL
 
 
 @click.command("lambda-schedule")
@@ -109,9 +109,9 @@ def lambda_schedule(
             )
         return
 
-    from cryored import lambda_schedule as tool
-    from cryored.models import find_model
-    from cryored.output import check_target
+    from cryored.files.output import check_target
+    from cryored.prior import lambda_schedule as tool
+    from cryored.prior.models import find_model
 
     if plot is not None:
         check_target(plot, overwrite)

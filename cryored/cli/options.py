@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from cryored.models import DEFAULT_MODEL
+from cryored.prior.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from cryored.red_update import Settings
+    from cryored.refinement.red_update import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -215,8 +215,8 @@ def settings(
     if trust != 1 and (lam != "auto" or schedule is not None):
         raise click.UsageError("--trust is for the calibrated weights of --lambda auto; eq. 17 knows none.")
 
-    from cryored.lambda_schedule import Schedule, read_schedule
-    from cryored.red_update import Settings
+    from cryored.prior.lambda_schedule import Schedule, read_schedule
+    from cryored.refinement.red_update import Settings
 
     followed = None if schedule is None else read_schedule(schedule)
     return Settings(

@@ -64,13 +64,13 @@ def red_update(
     """
     import json
 
-    from cryored.output import is_stream
+    from cryored.files.output import is_stream
 
     if output is not None and unregularised is not None and is_stream(output) and is_stream(unregularised):
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
-    from cryored.red_update import red_update_file
+    from cryored.refinement.red_update import red_update_file
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
     record = red_update_file(

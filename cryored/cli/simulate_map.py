@@ -60,7 +60,7 @@ def simulate_map(
       cryored simulate map 1abc.pdb.gz -o truth.mrc --box 96 --angpix 1.5
       cryored simulate map 1abc.cif -o volt.mrc --method potential --assembly 1
     """
-    from cryored.simulate.density import simulate_map_file
+    from cryored.simulation.density import simulate_map_file
 
     simulate_map_file(
         structure,

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from cryored.cli import options
-from cryored.simulate.methods import METHODS
+from cryored.simulation.methods import METHODS
 
 # Options that say how to simulate, which a refinement that has been run leaves no choice of.
 _OF_SIMULATION = ("method", "number", "box", "resolution", "seed", "shard", "skip_bad", "jobs", "scheduler")
@@ -117,18 +117,18 @@ def simulate_pairs(
     """
     _check_usage(ctx)
 
-    from cryored.output import check_target
-    from cryored.plotting import new_figure
+    from cryored.files.output import check_target
+    from cryored.files.plots import new_figure
 
     if plot is not None:
         check_target(plot, overwrite)
         new_figure(1, 1)  # is matplotlib there? Better asked now than hours later
 
     from cryored.cli.progress import bar
-    from cryored.simulate.pair_table import log_summary, read_pairs
+    from cryored.simulation.pair_table import log_summary, read_pairs
 
     if from_relion is not None and truth is not None:
-        from cryored.simulate.harvest import harvest_files
+        from cryored.simulation.harvest import harvest_files
 
         with bar("requests", 0) as advance:
             table = harvest_files(
@@ -144,7 +144,7 @@ def simulate_pairs(
                 progress=advance,
             )
     else:
-        from cryored.simulate.pairs import simulate_pairs_files
+        from cryored.simulation.pairs import simulate_pairs_files
 
         with bar("draws", 0) as advance:
             table = simulate_pairs_files(
@@ -169,7 +169,7 @@ def simulate_pairs(
     rows = read_pairs(table)
     log_summary(rows)
     if plot is not None:
-        from cryored.simulate.picture import draw_pairs
+        from cryored.simulation.pair_pictures import draw_pairs
 
         draw_pairs(plot, rows)
     click.echo(table)

@@ -132,7 +132,7 @@ def particles(
     MAP is a cube with an even box; "-" reads it from standard input.
     """
     from cryored.cli.progress import bar
-    from cryored.simulate.particles import Microscope, simulate_particles_file
+    from cryored.simulation.particles import Microscope, simulate_particles_file
 
     if scale is not None and ctx.get_parameter_source("snr") is not ParameterSource.DEFAULT:
         raise click.UsageError("--snr and --scale exclude each other: give one of them")

@@ -197,8 +197,8 @@ def train(
             )
         return
 
-    from cryored.train import train_files
     from cryored.training.loop import Recipe
+    from cryored.training.train import train_files
 
     assert output is not None  # by the check
     if epochs is not None and steps is not None:

@@ -69,7 +69,7 @@ def watch(
     if unregularised is not None and "{root}" not in unregularised:
         raise click.UsageError("--unregularised needs {root} in the name: one file for each request.")
 
-    from cryored.watch import watch_folder
+    from cryored.refinement.watcher import watch_folder
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
     with _ending() as stop:

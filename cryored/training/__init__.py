@@ -1,1 +1,4 @@
-"""Training a prior: batches of pairs, the loop, and how good the result is."""
+"""Training a prior: batches, pairs made on the device, the loop, evaluation and calibration.
+
+May import from simulation, assessment, prior, reconstruction, files and maps; knows nothing of RELION's runs.
+"""

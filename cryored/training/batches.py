@@ -15,14 +15,14 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cryored.denoise import cube_rotations, rotate
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
-from cryored.mrc import read_volume
-from cryored.simulate.pair_table import PairRow
-from cryored.standardise import standard_of
+from cryored.files.mrc import read_volume
+from cryored.maps.fourier import apply_shells
+from cryored.maps.network_scale import standard_of
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import cube_rotations, rotate
+from cryored.simulation.pair_table import PairRow
 from cryored.threads import default_threads
-from cryored.volume import Volume
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The weights of a model's denoised maps in the update, measured on maps of known truth (see `cryored.weights`).
+"""The weights of a model's denoised maps in the update, measured on maps of known truth (see `cryored.prior.weights`).
 
 Of each map t is the truth, r the unregularised map, f the denoised one, and c the FSC of the shell between half-maps.
 In bins of c, each structure counting the same and each shell as a fraction of its power |t|**2,
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from cryored.errors import InputError
-from cryored.fourier import forward, half_frequencies, shell_index
-from cryored.mrc import read_volume
-from cryored.red_update import load_sums
-from cryored.relion import ENDING, parts_of, read_request_file
-from cryored.simulate.grey_scale import grey_scale
+from cryored.files.mrc import read_volume
+from cryored.files.requests import ENDING, parts_of, read_request_file
+from cryored.maps.fourier import forward, half_frequencies, shell_index
+from cryored.maps.truth_scale import grey_scale
+from cryored.maps.volume import Floats, Volume
+from cryored.prior.weights import Calibration
+from cryored.reconstruction.update import inverse_prior, reconstruct
+from cryored.refinement.red_update import load_sums
 from cryored.training.batches import Input
 from cryored.training.evaluation import Array, Denoise
-from cryored.update import inverse_prior, reconstruct
-from cryored.volume import Floats, Volume
-from cryored.weights import Calibration
 
 # FSC, edges of the bins. Fewer points than shells in a map, so that the noise of one shell's FSC decides nothing.
 EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9999)
@@ -102,7 +102,7 @@ def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[
     Parameters
     ----------
     folder : str
-        RELION's project folder as `cryored.simulate.refinement.make_data` makes it: ``truth.mrc``, and requests with
+        RELION's project folder as `cryored.refinement.relion_runs.make_data` makes it: ``truth.mrc``, and requests with
         their arrays in folders below. Its name stands for the structure.
     denoise : callable
         The model.
@@ -152,7 +152,7 @@ def recorded(folder: str) -> list[Path]:
 
 
 def measure_weights(maps: Sequence[Moments]) -> dict[str, list[float]]:
-    """Return ``fsc``, ``precision`` and ``gain`` as `cryored.weights.parse_calibration` takes them.
+    """Return ``fsc``, ``precision`` and ``gain`` as `cryored.prior.weights.parse_calibration` takes them.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> 
     stored : dict
         Of `fit_weights`; without it only the shells are drawn.
     """
-    from cryored.plotting import new_figure, save_figure
+    from cryored.files.plots import new_figure, save_figure
 
     figure = new_figure(11, 3.4)
     left, middle, right = figure.subplots(1, 3)

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.fourier import apply_shells
-from cryored.fsc import crossing_resolution, shell_correlation, whole_set_fsc
-from cryored.mask import soft_mask
-from cryored.mrc import read_volume
-from cryored.output import check_target, write_text
-from cryored.simulate.pair_table import Pair, PairRow, read_pairs
+from cryored.files.mrc import read_volume
+from cryored.files.output import check_target, write_text
+from cryored.maps.fourier import apply_shells
+from cryored.maps.fsc import crossing_resolution, shell_correlation, whole_set_fsc
+from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Floats, Volume
+from cryored.simulation.pair_table import Pair, PairRow, read_pairs
 from cryored.training.batches import Input, read_pair
-from cryored.volume import Floats, Volume
 
 BINS = (0.0, 4.5, 6.0, 8.0, 10.0, np.inf)  # angstrom, edges of the table's rows
 FIRST = "first iterations"
@@ -29,7 +29,7 @@ _FIRST_ITERATION = re.compile(r"_it001_half")  # in the names of RELION's files,
 
 Array = npt.NDArray[np.float32]
 Denoise = Callable[[Volume, Floats], Volume]  # a map and its half-maps' FSC
-Target = Literal["weighted", "truth"]  # what a network was trained towards, see `cryored.models.ModelCard`
+Target = Literal["weighted", "truth"]  # what a network was trained towards, see `cryored.prior.models.ModelCard`
 
 
 @dataclass(frozen=True)
@@ -302,8 +302,8 @@ def evaluate_files(
     InputError, ModelError, OutputError
         No pairs, maps that are missing or do not fit, no such model, a file that is in the way.
     """
-    from cryored.denoise import Denoiser
-    from cryored.models import check_weights, find_model
+    from cryored.prior.denoiser import Denoiser
+    from cryored.prior.models import check_weights, find_model
 
     for path in filter(None, (output, maps, plot)):
         check_target(path, overwrite)
@@ -329,7 +329,7 @@ def evaluate_files(
 
 def draw_judgements(path: str, judgements: Sequence[Judgement]) -> None:
     """Draw error over the Wiener map's and gain of the crossing against nominal resolution, a dot a map, as a PNG."""
-    from cryored.plotting import new_figure, save_figure
+    from cryored.files.plots import new_figure, save_figure
 
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)

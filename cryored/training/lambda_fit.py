@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 from cryored.errors import InputError
-from cryored.fourier import Complexes, forward, half_frequencies, shell_index
-from cryored.lambda_schedule import Schedule
-from cryored.models import check_weights, find_model, write_card
-from cryored.output import check_target, write_text
-from cryored.simulate.pair_table import Pair, PairRow, read_pairs
+from cryored.files.output import check_target, write_text
+from cryored.maps.fourier import Complexes, forward, half_frequencies, shell_index
+from cryored.maps.volume import Floats, Volume
+from cryored.prior.lambda_schedule import Schedule
+from cryored.prior.models import check_weights, find_model, write_card
+from cryored.simulation.pair_table import Pair, PairRow, read_pairs
 from cryored.training.batches import Input
 from cryored.training.calibration import (
     Moments,
@@ -41,7 +42,6 @@ from cryored.training.calibration import (
     refinement_moments,
 )
 from cryored.training.evaluation import Array, Denoise, load_pair, shown
-from cryored.volume import Floats, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def fit(maps: Sequence[ShellSums]) -> dict[str, Any]:
     Returns
     -------
     dict
-        As `cryored.lambda_schedule.parse_schedule` takes it: ``resolution`` in angstrom, ``lambda``. Beside these
+        As `cryored.prior.lambda_schedule.parse_schedule` takes it: ``resolution`` in angstrom, ``lambda``. Beside these
         ``per_shell`` with ``u``, the middles of bins of spatial frequency times nominal resolution, and ``lambda``;
         ``bins`` with, for each, the number of maps, its own lambda without any bounds, and the error of the fitted
         lambda, of lambda 1 and of the paper's over that of lambda 0; ``pairs``.
@@ -291,7 +291,7 @@ def fit_files(
     output : str
         JSON file, or ``-``; with the names of model and structures, and the model's checksum.
     trust : float
-        Stored with the weights (see `cryored.weights.Calibration`).
+        Stored with the weights (see `cryored.prior.weights.Calibration`).
     write_to_card : bool
         Store schedule and weights in the model's card, where red-update finds them.
     plot : str, optional
@@ -308,7 +308,7 @@ def fit_files(
     InputError, ModelError, OutputError
         No pairs, maps that are missing or do not fit, no such model, a file that is in the way.
     """
-    from cryored.denoise import Denoiser
+    from cryored.prior.denoiser import Denoiser
 
     for path in filter(None, (output, plot)):
         check_target(path, overwrite)

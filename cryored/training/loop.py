@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cryored import device
 from cryored.errors import InputError, ModelError, OutputError
-from cryored.network import build_unet
-from cryored.output import whole_file, write_text
-from cryored.simulate.pair_table import PairRow
+from cryored.files.output import whole_file, write_text
+from cryored.prior import device
+from cryored.prior.network import build_unet
+from cryored.simulation.pair_table import PairRow
 from cryored.training.batches import PairStore, draw_batch, prefetched
 
 LOG_COLUMNS = ("step", "loss", "validation", "learning_rate")
@@ -38,7 +38,7 @@ Scalars = Callable[[int, dict[str, float]], None]
 
 
 class PatchMaker(Protocol):
-    """What makes batches on the device, such as `cryored.training.synthesis.Synthesis`."""
+    """What makes batches on the device, such as `cryored.training.device_pairs.Synthesis`."""
 
     def batch(self, step: int, size: int) -> Batch:
         """Return inputs, errors and weights of a step as `draw_batch` does."""
@@ -122,7 +122,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def build_network(recipe: Recipe) -> Any:
-    """Return the network of a recipe, compiled for training, inside `cryored.device.scope` where that is used."""
+    """Return the network of a recipe, compiled for training, inside `cryored.prior.device.scope` where that is used."""
     import keras
 
     device.set_seed(recipe.seed)

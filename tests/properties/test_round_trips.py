@@ -7,11 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cryored.fourier import frequencies, half_frequencies
-from cryored.mrc import read_volume, write_volume
-from cryored.resample import fourier_resize, from_grid, plan_axis, to_grid
-from cryored.star import format_star, parse_star
-from cryored.volume import Volume, window
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.star import format_star, parse_star
+from cryored.maps.fourier import frequencies, half_frequencies
+from cryored.maps.resample import fourier_resize, from_grid, plan_axis, to_grid
+from cryored.maps.volume import Volume, window
 
 # No deadlines: the clock decides no test. The same examples each time, and no database in the current folder.
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)

@@ -1,0 +1,59 @@
+"""A soft-edged mask around what a map shows."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt, label
+
+from cryored.errors import InputError
+from cryored.maps.fourier import low_pass
+from cryored.maps.volume import Volume, raised_cosine
+
+
+def soft_mask(
+    volume: Volume,
+    *,
+    resolution: float = 15.0,
+    threshold: float = 0.1,
+    extend: float = 3.0,
+    edge: float = 9.0,
+    largest: bool = False,
+) -> Volume:
+    """Return a mask on the grid of a map: 1 around the molecule, 0 in the solvent, a raised cosine between.
+
+    It is cut from the low-pass filtered map, so that it follows the shape and no detail: a mask with the map's own
+    detail would correlate with it. The defaults leave room for errors of the maps that it is used on.
+
+    Parameters
+    ----------
+    volume : Volume
+        A map with solvent near 0: a map simulated from a model, or a refined one.
+    resolution : float
+        Of the low-pass filter, in angstrom.
+    threshold : float
+        The molecule is where the filtered map is above this fraction of its peak: the lower, the larger the mask.
+    extend : float
+        Angstrom around that where the mask is still 1.
+    edge : float
+        Width of the soft edge beyond, in angstrom.
+    largest : bool
+        Leave out what is not connected with the largest part: noise in the solvent of a refined map.
+
+    Raises
+    ------
+    InputError
+        The voxel size is unknown, or the filtered map has no positive density.
+    """
+    if volume.voxel_size <= 0:
+        raise InputError("the map's pixel size is 0 (unknown), expected angstrom; a mask needs it")
+    blurred = low_pass(volume.data, volume.voxel_size, resolution)
+    peak = blurred.max()
+    if peak <= 0:
+        raise InputError(f"a map of at most {peak:g} at {resolution:g} A, expected positive density; is it inverted?")
+    inside = blurred >= threshold * peak
+    if largest:
+        parts, number = label(inside)
+        if number > 1:
+            inside = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    outside = distance_transform_edt(~inside) * volume.voxel_size
+    return volume.with_data(raised_cosine((outside - extend) / max(edge, 1e-6)).astype(np.float32))

@@ -1,0 +1,399 @@
+"""The MAP update as RELION computes it, and the CW-RED update (Kimanius et al. 2021, eqs. 11 and 17).
+
+Arrays in, arrays out. All arithmetic on volumes is in float32, because RELION's B and K and its maps are float32
+files and nothing would be gained; spectra, tables and sums are float64.
+
+Volumes are worked on in slabs, and each axis is transformed only where something is: the padded transform never
+exists as a whole, which takes half the time and a fraction of the memory of one padded FFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import scipy.fft
+
+from cryored.errors import InputError
+from cryored.maps.fourier import frequencies, padded_size, relion_scale
+from cryored.maps.volume import squared_distance
+from cryored.threads import default_threads, parallel, parts
+
+_SLAB = 1 << 17  # elements worked on at a time: a few arrays of it fit a core's cache
+_MASK_EDGE = 3.0  # voxels, RELION's soft edge of the sphere
+_FLOOR = 1e-3  # fraction of a shell's mean weight below which no weight falls
+_LEAST = 1e-30  # least pad**3 * tau2_fudge * tau2: no data outweigh its inverse, which float32 still holds
+
+Array = npt.NDArray[np.float32]
+Shells = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Accumulators:
+    """RELION's B and K: the sums of the back-projected images and of their weights.
+
+    Parameters
+    ----------
+    real, imag, weight : (N, N, N // 2 + 1) float32
+        Half-transforms, zero frequency at [0, 0, 0]; may be memory maps.
+    ori : int
+        Box of the map.
+    pad : float
+        Padding factor: N = round(pad * ori).
+    r_max : int
+        Half the current image size; beyond it B and K count as 0.
+    """
+
+    real: Array
+    imag: Array
+    weight: Array
+    ori: int
+    pad: float
+    r_max: int
+
+    @property
+    def n(self) -> int:
+        """Edge of the padded transform."""
+        return padded_size(self.pad, self.ori)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A denoised map f and how far to trust it: x = (B + g f / v) / (K + 1 / v), eq. 17 where v is tau2's term.
+
+    Parameters
+    ----------
+    data : (ori, ori, ori) float32
+        In real space, on the grey scale of the map.
+    gain : (ori // 2 + 1,) float64
+        g of each shell, the lambda of eq. 17.
+    extrapolate : bool
+        Where tau2 is 0 and beyond r_max, take g f itself, the limit of the equation.
+    precision : (ori // 2 + 1,) float64, optional
+        By what factor 1 / v exceeds the inverse prior of the shell; 1 by default.
+    """
+
+    data: Array
+    gain: Shells
+    extrapolate: bool = False
+    precision: Shells | None = None
+
+
+def inverse_prior(tau2: Shells, tau2_fudge: float, pad: float) -> Shells:
+    """Return 1 / (pad**3 * tau2_fudge * tau2) of each shell, at most 1e30, and 0 where tau2 is 0."""
+    scaled = pad**3 * tau2_fudge * np.asarray(tau2, dtype=np.float64)
+    return np.divide(1.0, np.maximum(scaled, _LEAST), out=np.zeros_like(scaled), where=scaled > 0)
+
+
+def check_accumulators(sums: Accumulators, names: tuple[str, str, str], threads: int | None = None) -> None:
+    """Refuse B and K that are not finite, and a weight that is negative or zero throughout.
+
+    Parameters
+    ----------
+    names : (str, str, str)
+        Files of the real part, the imaginary part and the weight, for the message.
+    """
+    planes = max(1, _SLAB // sums.weight[0].size)
+
+    def extremes(array: Array) -> Callable[[slice], tuple[float, float]]:
+        return lambda part: (float(array[part].min()), float(array[part].max()))
+
+    for name, array in zip(names, (sums.real, sums.imag, sums.weight), strict=True):
+        found = parallel(extremes(array), parts(len(array), planes), threads)
+        low, high = min(item[0] for item in found), max(item[1] for item in found)
+        if not np.isfinite([item for pair in found for item in pair]).all():
+            bad = int((~np.isfinite(array)).sum())
+            raise InputError(f"{name}: {bad} values are NaN or infinite, expected numbers; RELION's run has diverged")
+    if low < 0:
+        raise InputError(f"{names[2]}: weights down to {low:g}, expected 0 or more")
+    if high == 0:
+        raise InputError(f"{names[2]}: all weights are 0: no particle contributed to this reconstruction")
+
+
+def reconstruct(
+    sums: Accumulators,
+    *,
+    prior: Shells | None = None,
+    denoised: Denoised | None = None,
+    threads: int | None = None,
+) -> Array:
+    """Reconstruct a map from B and K.
+
+    Parameters
+    ----------
+    sums : Accumulators
+    prior : (ori // 2 + 1,) float64, optional
+        `inverse_prior` of each shell: the MAP map, eq. 11. Without it the unregularised map B / K.
+    denoised : Denoised, optional
+        With `prior`: the CW-RED map.
+    threads : int, optional
+
+    Returns
+    -------
+    (ori, ori, ori) float32
+        Equal to ``relion_external_reconstruct --skip_gridding`` (with ``--no_map`` without `prior`) to float32
+        rounding: BackProjector::reconstruct and softMaskOutsideMap of RELION 3.1 to 5.
+    """
+    threads = threads or default_threads()
+    tables = _Tables.build(sums, prior, denoised, threads)
+    source = None if denoised is None else _partial_forward(sums, denoised, tables.reach, threads)
+    columns = _quotient_columns(sums, tables, source, threads)
+    return _finish(sums, columns, tables.reach, threads)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the update needs to know of a coefficient, as functions of its integer k**2.
+
+    The last entry stands for everything outside: there the denominator is infinite, so the quotient is 0.
+    """
+
+    reach: int  # no coefficient has a larger frequency along any axis
+    prior: npt.NDArray[np.float32]  # what is added to K
+    floor: npt.NDArray[np.float32]  # the least denominator
+    pull: npt.NDArray[np.float32]  # g / v: weight of the denoised transform
+    empty: npt.NDArray[np.bool_] | None  # where tau2 is 0 although there are data
+    limit: npt.NDArray[np.float32] | None  # where not 0: the result is this times the denoised transform
+
+    @classmethod
+    def build(cls, sums: Accumulators, prior: Shells | None, denoised: Denoised | None, threads: int) -> _Tables:
+        known = _known(sums)
+        extrapolate = denoised is not None and denoised.extrapolate
+        size = _round(sums.ori // 2 * sums.pad) ** 2 + 1 if extrapolate else known
+        radius = np.sqrt(np.arange(size + 1, dtype=np.float64))
+        shell = np.minimum(_round_array(radius / sums.pad), sums.ori // 2)
+        inside = np.arange(size + 1) < known
+        inverse = prior
+        if prior is not None and denoised is not None and denoised.precision is not None:
+            inverse = prior * denoised.precision
+        added = np.zeros(size + 1) if inverse is None else np.where(inside, inverse[shell], 0.0)
+        empty = None
+        if prior is not None and (prior[shell[inside]] == 0).any():
+            empty = inside & (prior[shell] == 0)
+        floor = _floor(sums, added, empty, threads)[np.minimum((radius / sums.pad).astype(int), sums.r_max - 1)]
+        # A shell without any weight has nothing to divide: 0, as outside.
+        floor[~inside] = np.inf
+        floor[(floor == 0) & (added == 0)] = np.inf
+        pull, limit = np.zeros(size + 1), None
+        if denoised is not None and prior is not None:
+            pull = denoised.gain[shell] * added
+            if extrapolate:
+                unknown = ~inside if empty is None else ~inside | empty
+                limit = np.where(unknown, denoised.gain[shell], 0.0).astype(np.float32)
+                limit[-1] = 0.0
+        return cls(
+            reach=min(int(np.sqrt(size - 1)), sums.n // 2),
+            prior=added.astype(np.float32),
+            floor=floor.astype(np.float32),
+            pull=pull.astype(np.float32),
+            empty=empty,
+            limit=limit,
+        )
+
+
+def _floor(sums: Accumulators, added: Shells, empty: npt.NDArray[np.bool_] | None, threads: int) -> Shells:
+    """Return a thousandth of the mean denominator in each shell FLOOR(|k| / pad) below r_max."""
+    end = _round((sums.r_max * sums.pad) ** 2)  # RELION's bound here, not the square of the rounded radius
+    bins = (np.sqrt(np.arange(end + 1, dtype=np.float64)) / sums.pad).astype(np.intp)
+    bins[end] = sums.r_max
+    reach = min(int(np.sqrt(end - 1)), sums.n // 2)
+    kz, rows, kx = _kept(sums.n, reach)
+    known = _known(sums)
+
+    def shell_sums(part: slice) -> tuple[Shells, Shells]:
+        index = kz[part]
+        k2 = _k2(frequencies(sums.n)[index], frequencies(sums.n)[rows], kx)
+        weight = sums.weight[index][:, rows, : reach + 1]
+        table = np.minimum(k2, len(added) - 1)
+        total = weight + np.take(added, table)
+        if empty is not None:
+            total += np.where(np.take(empty, table) & (weight > 1e-20), 1 / (1e-3 * np.maximum(weight, 1e-20)), 0)
+        total[k2 >= known] = 0.0
+        shell = np.take(bins, np.minimum(k2, end)).ravel()
+        size = sums.r_max + 1
+        return np.bincount(shell, total.ravel(), size).astype(np.float64), np.bincount(shell, minlength=size).astype(
+            np.float64
+        )
+
+    planes = max(1, _SLAB // (len(rows) * (reach + 1)))
+    found = parallel(shell_sums, parts(len(kz), planes), threads)
+    total = np.sum([item[0] for item in found], axis=0)[: sums.r_max]
+    count = np.sum([item[1] for item in found], axis=0)[: sums.r_max]
+    return _FLOOR * total / np.maximum(count, 1)
+
+
+def _known(sums: Accumulators) -> int:
+    """Return the k**2 from which on B and K count as 0."""
+    return _round(sums.r_max * sums.pad) ** 2
+
+
+def _quotient_columns(
+    sums: Accumulators, tables: _Tables, source: npt.NDArray[np.complex64] | None, threads: int
+) -> npt.NDArray[np.complex64]:
+    """Divide, and transform along z; return the map's z window: (ori, rows kept, columns kept) complex64."""
+    n, ori = sums.n, sums.ori
+    kz, rows, kx = _kept(n, tables.reach)
+    z = frequencies(n)[kz]
+    result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64)
+    last = len(tables.prior) - 1
+
+    def divide(part: slice) -> None:
+        row = rows[part]
+        k2 = np.minimum(_k2(z, frequencies(n)[row], kx), last)
+        weight = _pick(sums.weight, kz, row, len(kx))
+        if tables.empty is None:
+            denominator = weight + np.take(tables.prior, k2)
+        else:
+            own = 1 / (np.float32(1e-3) * np.maximum(weight, np.float32(1e-20)))
+            denominator = weight + np.where(
+                np.take(tables.empty, k2), np.where(weight > 1e-20, own, 0), np.take(tables.prior, k2)
+            )
+        np.maximum(denominator, np.take(tables.floor, k2), out=denominator)
+        column = np.zeros((n, len(row), len(kx)), dtype=np.complex64)
+        quotient = np.empty(k2.shape, dtype=np.complex64)
+        if source is None:
+            np.divide(_pick(sums.real, kz, row, len(kx)), denominator, out=quotient.real)
+            np.divide(_pick(sums.imag, kz, row, len(kx)), denominator, out=quotient.imag)
+        else:
+            prior = _transform_z(source[:, part], n)[kz]
+            quotient.real = _pick(sums.real, kz, row, len(kx))
+            quotient.imag = _pick(sums.imag, kz, row, len(kx))
+            quotient += np.take(tables.pull, k2) * prior
+            # Part by part: a complex division rounds otherwise, and strength 0 is to be the MAP map to the bit.
+            quotient.real /= denominator
+            quotient.imag /= denominator
+            if tables.limit is not None:
+                limit = np.take(tables.limit, k2)
+                np.copyto(quotient, limit * prior, where=limit > 0)
+        column[kz] = quotient
+        column = scipy.fft.ifft(column, axis=0, norm="forward", overwrite_x=True, workers=1)
+        result[: ori // 2, part] = column[n - ori // 2 :]
+        result[ori // 2 :, part] = column[: ori - ori // 2]
+
+    width = max(1, _SLAB // (n * len(kx)))
+    parallel(divide, parts(len(rows), width), threads)
+    return result
+
+
+def _finish(sums: Accumulators, columns: npt.NDArray[np.complex64], reach: int, threads: int) -> Array:
+    """Transform along y and x, cut the window, apply RELION's scale, soft mask and gridding correction."""
+    n, ori = sums.n, sums.ori
+    half = ori // 2
+    _, rows, kx = _kept(n, reach)
+    scale = np.float32(1 / relion_scale(sums.pad, ori))
+    data = np.empty((ori, ori, ori), dtype=np.float32)
+    outside, gridding = _real_space_tables(ori, sums.pad)
+
+    def transform(part: slice) -> tuple[float, float]:
+        plane = np.zeros((part.stop - part.start, n, len(kx)), dtype=np.complex64)
+        plane[:, rows] = columns[part]
+        plane = scipy.fft.ifft(plane, axis=1, norm="forward", overwrite_x=True, workers=1)
+        plane = np.concatenate((plane[:, n - half :], plane[:, : ori - half]), axis=1)
+        lines = scipy.fft.irfft(plane, n, axis=2, norm="forward", overwrite_x=True, workers=1)
+        slab = data[part]
+        slab[:, :, :half] = lines[:, :, n - half :]
+        slab[:, :, half:] = lines[:, :, : ori - half]
+        slab *= scale
+        weight = np.take(outside, distance(part))
+        return float((slab * weight).sum(dtype=np.float64)), float(weight.sum(dtype=np.float64))
+
+    def distance(part: slice) -> npt.NDArray[np.int32]:
+        z = (np.arange(part.start, part.stop, dtype=np.int32) - half) ** 2
+        return z[:, None, None] + in_plane
+
+    def mask(part: slice) -> None:
+        slab, d2 = data[part], distance(part)
+        weight = np.take(outside, d2)
+        slab *= 1 - weight
+        slab += background * weight
+        slab *= np.take(gridding, d2)
+
+    in_plane = squared_distance((ori, ori))
+    slabs = list(parts(ori, max(1, _SLAB // (n * len(kx)))))
+    totals = parallel(transform, slabs, threads)
+    background = np.float32(sum(item[0] for item in totals) / max(sum(item[1] for item in totals), 1e-30))
+    parallel(mask, slabs, threads)
+    return data
+
+
+def _partial_forward(sums: Accumulators, denoised: Denoised, reach: int, threads: int) -> npt.NDArray[np.complex64]:
+    """Take a map back to the scale of B along x and y: the inverse of `_finish` without the mask.
+
+    Returns
+    -------
+    (ori, rows kept, columns kept) complex64
+        Still in real space along z, as a centred window.
+    """
+    n, ori = sums.n, sums.ori
+    half = ori // 2
+    _, rows, kx = _kept(n, reach)
+    _, gridding = _real_space_tables(ori, sums.pad)
+    scale = np.float32(relion_scale(sums.pad, ori) / float(n) ** 3)
+    in_plane = squared_distance((ori, ori))
+    result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64)
+
+    def transform(part: slice) -> None:
+        z = (np.arange(part.start, part.stop, dtype=np.int32) - half) ** 2
+        slab = denoised.data[part] * scale / np.take(gridding, z[:, None, None] + in_plane)
+        lines = np.zeros((len(slab), ori, n), dtype=np.float32)
+        lines[:, :, n - half :] = slab[:, :, :half]
+        lines[:, :, : ori - half] = slab[:, :, half:]
+        transformed = scipy.fft.rfft(lines, axis=2, workers=1)[:, :, : len(kx)]
+        plane = np.zeros((len(slab), n, len(kx)), dtype=np.complex64)
+        plane[:, n - half :] = transformed[:, :half]
+        plane[:, : ori - half] = transformed[:, half:]
+        result[part] = scipy.fft.fft(plane, axis=1, overwrite_x=True, workers=1)[:, rows]
+
+    parallel(transform, parts(ori, max(1, _SLAB // (n * len(kx)))), threads)
+    return result
+
+
+def _transform_z(window: npt.NDArray[np.complex64], n: int) -> npt.NDArray[np.complex64]:
+    ori = len(window)
+    half = ori // 2
+    column = np.zeros((n, *window.shape[1:]), dtype=np.complex64)
+    column[n - half :] = window[:half]
+    column[: ori - half] = window[half:]
+    return scipy.fft.fft(column, axis=0, overwrite_x=True, workers=1)
+
+
+def _real_space_tables(ori: int, pad: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return, against the squared distance from the centre, the weight of the outside and the gridding factor.
+
+    RELION's softMaskOutsideMap with radius ori / 2, and the square of sinc for its trilinear interpolation.
+    """
+    distance = np.sqrt(np.arange(3 * (ori // 2) ** 2 + 1, dtype=np.float64))
+    edge = np.clip((distance - ori / 2) / _MASK_EDGE, 0.0, 1.0)
+    outside = 0.5 - 0.5 * np.cos(np.pi * edge)
+    gridding = 1 / np.sinc(distance / (ori * pad)) ** 2
+    return outside.astype(np.float32), gridding.astype(np.float32)
+
+
+def _kept(n: int, reach: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.int32]]:
+    """Return the indices along z and y of |k| <= reach, and the frequencies 0 to reach along x."""
+    index = np.flatnonzero(np.abs(frequencies(n)) <= reach)
+    return index, index, np.arange(min(reach, n // 2) + 1, dtype=np.int32)
+
+
+def _k2(z: npt.NDArray[np.int32], y: npt.NDArray[np.int32], x: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    return z[:, None, None] ** 2 + (y**2)[None, :, None] + (x**2)[None, None, :]
+
+
+def _pick(array: Array, z: npt.NDArray[np.intp], y: npt.NDArray[np.intp], width: int) -> Array:
+    """Copy the coefficients of some rows and columns out of a memory map."""
+    if len(z) == len(array):
+        return np.ascontiguousarray(array[:, y, :width])
+    return np.ascontiguousarray(array[z[:, None], y[None, :], :width])
+
+
+def _round(value: float) -> int:
+    """Round half up, as RELION's ROUND does for positive numbers."""
+    return int(np.floor(value + 0.5))
+
+
+def _round_array(values: Shells) -> npt.NDArray[np.intp]:
+    return np.floor(values + 0.5).astype(np.intp)

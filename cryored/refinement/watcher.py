@@ -1,0 +1,418 @@
+"""The resident updater: serve the requests of a running refinement with the model loaded once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from cryored.errors import CryoredError, InputError, in_words
+from cryored.files.output import check_target
+from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import check_weights, find_model
+from cryored.refinement.mailbox import Inbox, Presence
+from cryored.refinement.red_update import (
+    DENOISED,
+    ROOT,
+    Answer,
+    Maps,
+    Outputs,
+    Settings,
+    Updater,
+    load_sums,
+    plan_outputs,
+    timed,
+)
+from cryored.refinement.watch_table import Entry, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY = 0.01  # seconds between looks for hand-overs
+_POLL_EVERY = 0.5  # seconds between looks for requests that nobody hands over
+
+
+class Order(Protocol):
+    """A request that somebody waits for."""
+
+    @property
+    def star(self) -> str:
+        """The request as RELION names it."""
+
+    @property
+    def folder(self) -> Path:
+        """RELION's project folder."""
+
+    def accept(self) -> None:
+        """Say that it is being answered."""
+
+    def still_wanted(self) -> bool:
+        """Tell whether the answer still has a reader; otherwise somebody else is about to write it."""
+
+    def done(self) -> None:
+        """Say that the result is in place."""
+
+    def failed(self, message: str) -> None:
+        """Say why there is no result."""
+
+    def declined(self, message: str) -> None:
+        """Say why somebody else has to do it."""
+
+
+Shown = tuple[Entry, Maps, Answer]
+
+
+@dataclass
+class _Case:
+    """An order that is being worked on."""
+
+    order: Order
+    outputs: Outputs
+    maps: Maps
+    seconds: dict[str, float]
+    begin: float
+
+
+class Server:
+    """Answers orders with one updater, and shows each.
+
+    Parameters
+    ----------
+    folder : Path
+        Nothing outside it is written or removed.
+    updater : Updater
+    angpix, unregularised, clean
+        See `cryored.refinement.red_update.red_update_file`.
+    show : callable
+        Gets the entry of each order, and its maps and answer where there is one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        updater: Updater,
+        *,
+        angpix: float | None = None,
+        unregularised: str | None = None,
+        clean: bool = False,
+        show: Callable[[Entry, Maps | None, Answer | None], None] = lambda *shown: None,
+    ) -> None:
+        self._folder = folder.resolve()
+        self._updater = updater
+        self._angpix = angpix
+        self._unregularised = unregularised
+        self._clean = clean
+        self._show = show
+
+    def serve(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
+        """Answer orders together.
+
+        Parameters
+        ----------
+        orders : sequence of Order
+        more : callable
+            Is asked once for what has come in the meantime, most often the other half of the iteration: waiting for
+            it would be wrong where RELION reconstructs the halves one after the other.
+        """
+        cases = list(self._begin(orders))
+        cases += self._begin(more())
+        try:
+            self._updater.denoise([case.maps for case in cases])
+        except Exception as error:
+            for case in cases:
+                self._fail(case.order, error)
+            return
+        # Pictures take time: first all answers, then what is shown of them.
+        for shown in [self._finish(case) for case in cases]:
+            if shown is not None:
+                self._show(*shown)
+
+    def _begin(self, orders: Sequence[Order]) -> Iterator[_Case]:
+        seen = time.monotonic()
+        for order in orders:
+            seconds: dict[str, float] = {}
+            begin = time.monotonic()
+            seconds["waited"] = begin - seen
+            try:
+                order.accept()
+                with timed(seconds, "read"):
+                    request = read_request_file(
+                        order.star,
+                        folder=order.folder,
+                        angpix=self._angpix,
+                        needs_pixel_size=self._updater.settings.lam != 0,
+                    )
+                    outside = self._outside(request)
+                    if outside is not None:
+                        logger.warning("%s: %s lies outside %s: declined", order.star, outside, self._folder)
+                        order.declined(f"{outside} lies outside {self._folder}, which is what the watcher serves")
+                        continue
+                    outputs = plan_outputs(
+                        order.star,
+                        request,
+                        self._updater,
+                        "watch",
+                        unregularised=self._unregularised,
+                        clean=self._clean,
+                    )
+                    sums = load_sums(request, self._updater.settings.threads)
+                maps = self._updater.begin(request, sums)
+            except Exception as error:
+                self._fail(order, error)
+                continue
+            yield _Case(order, outputs, maps, seconds, begin)
+
+    def _finish(self, case: _Case) -> Shown | None:
+        order, maps = case.order, case.maps
+        try:
+            answer = self._updater.finish(maps)
+            if not order.still_wanted():
+                logger.warning("%s: the hook did not wait for the answer; nothing written", order.star)
+                return None
+            record = case.outputs.write(self._updater, maps, answer)
+            seconds = case.seconds | maps.seconds
+            case.outputs.log(seconds | {"total": time.monotonic() - case.begin})
+            if order.still_wanted():  # a hook that gave up in this moment needs the arrays itself
+                case.outputs.tidy()
+        except Exception as error:
+            self._fail(order, error)
+            return None
+        order.done()
+        name = _name(order)
+        entry = Entry(
+            name,
+            *parts_of(name),
+            maps.resolution,
+            maps.lam,
+            seconds,
+            answer.change,
+            str(record["device"]),
+        )
+        return entry, maps, answer
+
+    def _fail(self, order: Order, error: Exception) -> None:
+        expected = isinstance(error, (CryoredError, OSError, MemoryError))
+        message = in_words(error) if expected else f"{type(error).__name__}: {error}"
+        logger.debug("%s", message, exc_info=True)
+        order.failed(message)
+        name = _name(order)
+        self._show(Entry(name, *parts_of(name), None, 0.0, {}, 0.0, "", message), None, None)
+
+    def _outside(self, request: Request) -> Path | None:
+        """Return a file that would be written or removed outside the folder, if there is one."""
+        touched = [request.result, request.log, Path(request.root + DENOISED)]
+        touched += [] if request.result_star is None else [request.result_star]
+        touched += [request.data_real, request.data_imag, request.weight] if self._clean else []
+        if self._unregularised is not None:
+            touched.append(Path(self._unregularised.replace(ROOT, request.root)))
+        for path in touched:
+            if not path.resolve().is_relative_to(self._folder):
+                return path
+        return None
+
+
+def _name(order: Order) -> str:
+    """Return RELION's name for the map that is asked for, such as ``run_it003_half1_class001``."""
+    return Path(order.star).with_suffix("").name.removesuffix(ENDING)
+
+
+@dataclass
+class _Found:
+    """An order of `Poll`: nobody waits but for the result itself."""
+
+    star: str
+    folder: Path
+
+    def accept(self) -> None:
+        pass
+
+    def still_wanted(self) -> bool:
+        return True
+
+    def done(self) -> None:
+        pass
+
+    def failed(self, message: str) -> None:
+        pass
+
+    def declined(self, message: str) -> None:
+        pass
+
+
+@dataclass
+class Poll:
+    """Looks for requests without a result that nobody hands over.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    folder: Path
+    _looked: float = -np.inf
+    # What a request was when it was last seen: one that RELION has just written is left to the next look.
+    _seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    # What it was when it was answered: one that --continue writes anew comes again.
+    _answered: dict[Path, tuple[int, int]] = field(default_factory=dict)
+
+    def orders(self) -> list[_Found]:
+        """Return the requests to answer now."""
+        now = time.monotonic()
+        if now - self._looked < _POLL_EVERY:
+            return []
+        self._looked = now
+        found = []
+        for star in sorted(self.folder.glob(f"*{ENDING}.star")):
+            state = _state(star)
+            if state is None or self._answered.get(star) == state:
+                continue
+            if star not in self._answered and star.with_suffix(".mrc").exists():
+                self._answered[star] = state  # by an earlier run, or a hook by itself
+            elif self._seen.get(star) == state and is_request(str(star)):
+                self._answered[star] = state
+                try:
+                    project = project_folder(star)
+                    found.append(_Found(os.path.relpath(star.resolve(), project), project))
+                except InputError as error:
+                    logger.warning("%s", error)
+            self._seen[star] = state
+        return found
+
+    def leave(self, star: Path) -> None:
+        """Take no notice of a request that was handed over, until it is written anew."""
+        star = self.folder / star.name
+        state = _state(star)
+        if state is not None:
+            self._answered[star] = state
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def watch_folder(
+    folder: str,
+    settings: Settings,
+    *,
+    hook_options: Sequence[str],
+    model: str,
+    angpix: float | None = None,
+    unregularised: str | None = None,
+    clean: bool = False,
+    gpu: bool | None = None,
+    poll: bool = False,
+    report: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    stop: threading.Event,
+) -> None:
+    """Serve the requests of one folder until `stop` is set; see the help of ``cryored watch``.
+
+    Parameters
+    ----------
+    folder : str
+        Where RELION writes its requests.
+    settings : Settings
+    hook_options : sequence of str
+        With which the hook goes on by itself where this process no longer answers.
+    model, angpix, unregularised, clean, gpu
+        See `cryored.refinement.red_update.red_update_file`.
+    poll : bool
+        Look for requests that nobody hands over, too.
+    report : str, optional
+        HTML file.
+    overwrite : bool
+        Of the report.
+    console : rich.console.Console, optional
+        Terminal for a live table; without one each request is a line in the log.
+    stop : threading.Event
+        Set it from a signal handler; the current requests are answered first.
+
+    Raises
+    ------
+    OutputError
+        The folder is missing or not writable, is served by another watcher, or has gone.
+    """
+    place = Path(folder)
+    found = find_model(model)
+    updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
+    if settings.lam != 0:
+        check_weights(found)
+    rule = f"{settings.lam:g}" if settings.lam is not None else updater.schedule.source
+    facts = {
+        "Folder": folder,
+        "Model": f"{found.card.name} ({found.card.sha256[:8]})",
+        "Lambda": rule,
+        "Weights": updater.rule,
+    }
+    with ExitStack() as stack:
+        pages = None
+        if report is not None:
+            from cryored.refinement.report import Report
+
+            check_target(report, overwrite)
+            pages = Report(report, f"cryored watch {folder}", facts)
+        if settings.lam != 0:
+            updater.denoiser.load()
+        presence = stack.enter_context(Presence(place, hook_options))
+        titles = (f"cryored watch {folder}", f"model {facts['Model']}", f"lambda {rule}; weights {updater.rule}")
+        table = stack.enter_context(Table(*titles, console=console))
+
+        def show(entry: Entry, maps: Maps | None, answer: Answer | None) -> None:
+            table.add(entry)
+            if pages is None:
+                return
+            if maps is None or answer is None:
+                pages.add(entry)
+                return
+            shown = {
+                "unregularised": updater.add_unregularised(maps),
+                "denoised": maps.denoised,
+                "result": answer.result,
+            }
+            sections = {
+                name: volume.data[len(volume.data) // 2] for name, volume in shown.items() if volume is not None
+            }
+            pages.add(entry, maps.request.frequency, maps.request.fsc, sections)
+
+        server = Server(place, updater, angpix=angpix, unregularised=unregularised, clean=clean, show=show)
+        inbox, looking = Inbox(place, presence.token), Poll(place) if poll else None
+
+        def handed_over() -> Sequence[Order]:
+            orders = inbox.waiting()
+            if looking is not None:
+                for order in orders:
+                    looking.leave(Path(order.star))
+            return orders
+
+        table.state("waiting")
+        while not stop.is_set():
+            presence.check()
+            orders: Sequence[Order] = handed_over() or (looking.orders() if looking else [])
+            if not orders:
+                stop.wait(_LOOK_EVERY)
+                continue
+            table.state(f"busy {_name(orders[0])}")
+            server.serve(orders, handed_over)
+            if pages is not None and (stop.is_set() or not inbox.waiting()):
+                try:
+                    pages.write()
+                except OSError as error:
+                    logger.warning("%s", in_words(error))  # a refinement shall not die of its report
+            table.state("waiting")
+        table.state("ended")

@@ -1,1 +1,0 @@
-"""From atomic models to maps, particles and training pairs."""

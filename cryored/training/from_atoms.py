@@ -1,0 +1,629 @@
+"""Train a prior from atomic models alone, on one device, within a budget of minutes: what `bin/train-prior` does.
+
+Processes on the host make densities with the features of real maps (`cryored.simulation.features`); the device
+refines simulated particles of them (`cryored.training.device_refinements`), keeps the half-maps of all iterations in
+a pool and trains on crops of it. The time is shared out between refining and training, so the pool is renewed while
+the network learns.
+
+The network is told the half-maps' FSC and estimates the truth in the shells that the data determine at all. A second
+output is the logarithm of the variance of what is left; it learns from the squared error as it stands, so that the
+estimate itself remains that of least squares.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from cryored import __version__
+from cryored.files.output import whole_file, write_text
+from cryored.maps.network_scale import standard_of
+from cryored.prior import device
+from cryored.prior.denoiser import cube_rotations
+from cryored.prior.models import Model, ModelCard, save_model
+from cryored.prior.network import LOG_VARIANCE, build_unet, condition, scaled
+from cryored.simulation.features import Features, draw_features, featured_map
+from cryored.simulation.gaussian import turned
+from cryored.simulation.intermediates import Experiment
+from cryored.simulation.structure import Atoms, read_atoms
+from cryored.training.batches import GREY_SCALE
+from cryored.training.device_refinements import Iteration, Refiner
+
+logger = logging.getLogger(__name__)
+
+_RESOLUTION = 3.0  # angstrom, of the atoms' Gaussians
+_DETERMINED = 0.143  # half-map FSC from which on a shell of the truth counts in full
+_RISE = 0.02  # of the time, over which the learning rate rises
+_UNKNOWN = 0.1  # share of the half-maps whose FSC the network is not told
+_MASKED, _SHARPENED = 0.2, 0.2  # shares of the half-maps
+_FEWEST = 16  # half-maps in the pool before the first step
+_VALIDATION_TIME = 0.1  # share of a run in which validation data may be made
+_REPORT = 20.0  # seconds between lines of the log
+WEIGHTS, OPTIMIZER, STATE, LOG = "weights.npz", "optimizer.npz", "state.json", "training.csv"
+
+Array = npt.NDArray[np.float32]
+Tensor = Any  # of the back-end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the prior is trained.
+
+    Parameters
+    ----------
+    minutes : float
+        Of the whole training, over all runs; the learning rate falls to 0 along a cosine of the time.
+    width, depth, knots : int
+        See `cryored.prior.network.build_unet`.
+    box : int
+        Of the refinements, even; a multiple of 16.
+    pixel_size : float
+        In angstrom.
+    crop, batch : int
+        Edge and number of the crops in a step.
+    learning_rate : float
+        Of Adam.
+    calibration : float
+        Weight of the variance's likelihood beside the squared error.
+    pool : int
+        Half-maps kept, the newest.
+    refining : float
+        Share of the time in which data are made.
+    mixed_precision : bool
+    seed : int
+    """
+
+    minutes: float = 10.0
+    width: int = 8
+    depth: int = 4
+    knots: int = 24
+    box: int = 96
+    pixel_size: float = 1.5
+    crop: int = 80
+    batch: int = 8
+    learning_rate: float = 1.5e-3
+    calibration: float = 0.03
+    pool: int = 4000
+    refining: float = 0.3
+    mixed_precision: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A half-map as the network sees it, on the device.
+
+    Parameters
+    ----------
+    shown, error : (n, n, n) float16
+        The standardised map, and that minus its target.
+    told : (knots + 1,) float32
+    weight : float
+        One over the mean squared error of the regularised map, in these units.
+    label : str
+        Structure, iteration and resolution.
+    """
+
+    shown: Tensor
+    error: Tensor
+    told: Array
+    weight: float
+    label: str
+
+
+@dataclass
+class State:
+    """How far the training is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    refinements: int = 0
+    samples: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def density(name: str, box: int, pixel_size: float, features: Features | None, seed: int) -> tuple[Array, float, Atoms]:
+    """Make one density; return it, the diameter of the molecule in angstrom, and its atoms as they are placed."""
+    rng = np.random.default_rng(seed)
+    atoms = turned(_atoms(name), box * pixel_size, rng)
+    drawn = draw_features(rng=rng) if features is None else features
+    diameter = 2 * float(np.linalg.norm(atoms.positions, axis=1).max()) + 10.0
+    return featured_map(atoms, box, pixel_size, _RESOLUTION, drawn, rng=rng), diameter, atoms
+
+
+_known: dict[str, Atoms] = {}
+
+
+def _atoms(name: str) -> Atoms:
+    if name not in _known:
+        _known[name] = read_atoms(name)
+    return _known[name]
+
+
+class Densities:
+    """Densities from processes on the host, in the order of their seeds."""
+
+    def __init__(self, names: Sequence[str], plan: Plan, processes: int, features: Features | None = None) -> None:
+        self._names, self._plan, self._features = list(names), plan, features
+        # A fresh interpreter each: a process that holds a GPU must not be copied.
+        self._executor = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self._pending: deque[Future[tuple[Array, float, Atoms]]] = deque()
+        self._waiting: deque[str] = deque()
+        self._ahead = 2 * processes
+
+    def stream(self, first: int = 0) -> Iterator[tuple[str, Array, float]]:
+        """Yield structure, density and diameter, without end; a structure that does not fit is left out."""
+        plan = self._plan
+        number = first
+        while True:
+            while len(self._pending) < self._ahead:
+                rng = np.random.default_rng([plan.seed, number])
+                name = self._names[int(rng.integers(len(self._names)))]
+                seed = int(rng.integers(2**31))
+                self._pending.append(
+                    self._executor.submit(density, name, plan.box, plan.pixel_size, self._features, seed)
+                )
+                self._waiting.append(name)
+                number += 1
+            future, name = self._pending.popleft(), self._waiting.popleft()
+            try:
+                data, diameter, _ = future.result()
+            except ValueError as error:
+                logger.debug("%s: left out (%s)", name, error)
+                continue
+            yield Path(name).name.split(".")[0], data, diameter
+
+    def close(self) -> None:
+        """End the processes."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def draw_experiment(*, rng: np.random.Generator) -> Experiment:
+    """Draw a data set: from what stays at 20 A to what reaches Nyquist."""
+    return Experiment(
+        number=int(np.exp(rng.uniform(np.log(150), np.log(700)))),
+        snr=float(np.exp(rng.uniform(np.log(0.004), np.log(0.5)))),
+        angle=float(rng.uniform(3.0, 20.0)),
+        shift=float(rng.uniform(0.0, 1.5)),
+        ini_high=float(rng.uniform(20.0, 45.0)),
+    )
+
+
+class Samples:
+    """Samples of refinements, without end.
+
+    Parameters
+    ----------
+    plan : Plan
+    densities : iterator
+        Of `Densities.stream`.
+    seed : int
+    plain : bool
+        Nothing that is drawn for robustness: for validation.
+    """
+
+    def __init__(
+        self, plan: Plan, densities: Iterator[tuple[str, Array, float]], seed: int, plain: bool = False
+    ) -> None:
+        self._plan, self._densities, self._plain = plan, densities, plain
+        self._refiner = Refiner(plan.box, plan.pixel_size)
+        self._rng = np.random.default_rng(seed)
+        self._frequency = np.arange(plan.box // 2 + 1) / (plan.box * plan.pixel_size)
+        self.refinements = 0
+
+    def stream(self) -> Iterator[list[Sample]]:
+        """Yield both halves of an iteration at a time."""
+        from keras import ops
+
+        before: Tensor = None
+        for name, data, diameter in self._densities:
+            truth = ops.convert_to_tensor(data)
+            start = truth if before is None or self._plain else self._wrong_start(truth, before)
+            uneven = 0.0 if self._plain or self._rng.random() < 0.5 else float(self._rng.uniform(-4, 4))
+            experiment = draw_experiment(rng=self._rng)
+            self.refinements += 1
+            for iteration in self._refiner.run(
+                truth, start, experiment, diameter=diameter, unevenness=uneven, rng=self._rng
+            ):
+                if np.isfinite(iteration.resolution):
+                    yield self._samples(name, truth, iteration)
+            before = truth
+
+    def _wrong_start(self, truth: Tensor, other: Tensor) -> Tensor:
+        """Return a first reference that is not the truth: mixed with another molecule, or of uneven density."""
+        from keras import ops
+
+        kind = self._rng.random()
+        if kind < 0.5:
+            return truth
+        if kind < 0.75:
+            share = float(self._rng.uniform(0.1, 0.5))
+            level = float(ops.sum(truth) / ops.maximum(ops.sum(other), 1e-6))
+            return truth * (1 - share) + other * (share * level)
+        box = self._plan.box
+        field = ops.convert_to_tensor(self._rng.standard_normal((box,) * 3, dtype=np.float32))
+        smooth = self._refiner.filtered(field, np.exp(-((self._frequency * 40.0) ** 2)))
+        deviation = ops.sqrt(ops.mean(ops.square(smooth)))
+        return truth * (1 + 0.6 * smooth / deviation)
+
+    def _samples(self, name: str, truth: Tensor, iteration: Iteration) -> list[Sample]:
+        fsc = iteration.fsc
+        smooth = np.convolve(np.pad(np.clip(fsc, 0, 1), 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid")
+        determined = np.clip(smooth / _DETERMINED, 0.0, 1.0) * (fsc != 0)
+        result = []
+        for half in iteration.halves:
+            rng = self._rng
+            # What the molecule's amplitudes are multiplied by after the reconstruction.
+            bfactor = 0.0
+            if not self._plain and rng.random() < _SHARPENED:
+                bfactor = float(rng.uniform(-60, 60))
+            decay = np.exp(-bfactor / 4 * self._frequency**2)
+            if not self._plain and rng.random() < 0.3:
+                shown = self._refiner.filtered(half.unregularised, np.clip(fsc, 0, 1) * decay)
+            elif bfactor:
+                shown = self._refiner.filtered(half.regularised, decay)
+            else:
+                shown = half.regularised
+            target = self._refiner.filtered(truth, determined * decay)
+            if not self._plain and rng.random() < _MASKED:
+                shown = shown * self._mask(truth)
+            told = condition(self._told(fsc), self._frequency, self._plan.pixel_size, self._plan.knots)
+            label = f"{name} it{iteration.number:03d} {iteration.resolution:.1f}"
+            sample = self._sample(shown, target, told, label)
+            if sample is not None:
+                result.append(sample)
+        return result
+
+    def _told(self, fsc: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+        """Return the FSC, not always exactly that of the map, or None."""
+        if self._plain:
+            return fsc
+        if self._rng.random() < _UNKNOWN:
+            return None
+        stretched = np.arange(len(fsc)) * self._rng.uniform(0.93, 1.07)
+        return np.interp(stretched, np.arange(len(fsc)), fsc, right=0.0)
+
+    def _mask(self, truth: Tensor) -> Tensor:
+        """Return a soft mask of the molecule, wide as a user's or tight."""
+        from keras import ops
+
+        blurred = self._refiner.filtered(truth, np.exp(-((self._frequency * self._rng.uniform(12, 25)) ** 2)))
+        level = ops.max(blurred) * float(self._rng.uniform(0.03, 0.12))
+        return ops.clip(blurred / level - 0.5, 0.0, 1.0)
+
+    def _sample(self, shown: Tensor, target: Tensor, told: Array, label: str) -> Sample | None:
+        from keras import ops
+
+        # As `cryored.maps.network_scale.standard_of` has it; the border is solvent.
+        standard = standard_of(ops.convert_to_numpy(shown), self._plan.pixel_size)
+        if standard.deviation == 0:
+            return None
+        error = (shown - target) / standard.deviation
+        weight = 1 / max(float(ops.mean(ops.square(error))), 1e-6)
+        seen = (shown - standard.level) / standard.deviation
+        return Sample(ops.cast(seen, "float16"), ops.cast(error, "float16"), told, weight, label)
+
+
+def draw_crops(
+    samples: Sequence[Sample], plan: Plan, rng: np.random.Generator, number: int, first: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return maps (b, c, c, c, 1), what is told (b, knots + 1), and errors and weights (b, c, c, c, 2).
+
+    With `first` the crops are the middles of the samples from there on, unturned.
+    """
+    from keras import ops
+
+    rotations = cube_rotations()
+    maps: list[Tensor] = []
+    errors: list[Tensor] = []
+    told = []
+    for i in range(number):
+        sample = samples[int(rng.integers(len(samples)))] if first is None else samples[first + i]
+        corner = rng.integers(plan.box - plan.crop + 1, size=3) if first is None else [(plan.box - plan.crop) // 2] * 3
+        axes, signs = rotations[int(rng.integers(24))] if first is None else rotations[0]
+        scale = float(rng.uniform(*GREY_SCALE)) if first is None else 1.0
+        flipped = [axis for axis, sign in enumerate(signs) if sign < 0]
+        place = tuple(slice(int(start), int(start) + plan.crop) for start in corner)
+        for stored, list_ in ((sample.shown, maps), (sample.error, errors)):
+            part = ops.transpose(stored[place], axes)
+            part = ops.flip(part, axis=flipped) if flipped else part
+            list_.append(ops.cast(part, "float32") * scale)
+        errors[-1] = ops.stack([errors[-1], ops.full_like(errors[-1], sample.weight / scale**2)], axis=-1)
+        told.append(sample.told)
+    return ops.stack(maps)[..., None], ops.convert_to_tensor(np.stack(told)), ops.stack(errors)
+
+
+def loss_of(calibration: float) -> Any:
+    """Return the loss: squared error over the regularised map's, and the likelihood of the variance."""
+
+    def loss(true: Tensor, predicted: Tensor) -> Tensor:
+        from keras import ops
+
+        square = ops.square(true[..., 0] - predicted[..., 0])
+        logarithm = ops.clip(predicted[..., 1], *LOG_VARIANCE)
+        likelihood = logarithm + ops.stop_gradient(square) * ops.exp(-logarithm)
+        return ops.mean(square * true[..., 1]) + calibration / 2 * ops.mean(likelihood)
+
+    return loss
+
+
+def build(plan: Plan) -> Any:
+    """Return the network, compiled for training."""
+    import keras
+
+    device.set_seed(plan.seed)
+    network = build_unet(
+        plan.width,
+        plan.depth,
+        dtype="mixed_bfloat16" if plan.mixed_precision else "float32",
+        knots=plan.knots,
+        uncertainty=True,
+    )
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same
+        torch.set_float32_matmul_precision("high")
+    network.compile(
+        optimizer=keras.optimizers.Adam(plan.learning_rate, clipnorm=1.0),
+        loss=loss_of(plan.calibration),
+        jit_compile=keras.backend.backend() == "jax",
+    )
+    network.optimizer.build(network.trainable_variables)
+    return network
+
+
+def learning_rate(plan: Plan, done: float) -> float:
+    """Return the rate at a share of the time."""
+    done = min(max(done, 0.0), 1.0)
+    return plan.learning_rate * min(1.0, (done + 1e-4) / _RISE) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-7
+
+
+def save(folder: Path, network: Any, state: State, plan: Plan) -> None:
+    """Write weights, optimiser and state, each file whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = {WEIGHTS: network.get_weights(), OPTIMIZER: [v.numpy() for v in network.optimizer.variables]}
+    for name, arrays in groups.items():
+        with whole_file(folder / name) as partial, partial.open("wb") as stream:
+            np.savez(stream, *arrays)
+    about = {name: value for name, value in vars(state).items() if name != "losses"}
+    write_text(folder / STATE, json.dumps({"plan": asdict(plan), **about}, indent=1) + "\n")
+
+
+def load(folder: Path, network: Any) -> State:
+    """Give a network the weights of a folder, and the optimiser's where they are there."""
+    with np.load(folder / WEIGHTS) as content:
+        network.set_weights([content[f"arr_{i}"] for i in range(len(content.files))])
+    if (folder / OPTIMIZER).exists():
+        with np.load(folder / OPTIMIZER) as content:
+            for i, variable in enumerate(network.optimizer.variables):
+                variable.assign(content[f"arr_{i}"])
+    about = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    del about["plan"]
+    return State(**about)
+
+
+def validate(network: Any, samples: Sequence[Sample], plan: Plan) -> tuple[float, float]:
+    """Return the squared error over the regularised map's, and that error over the variance (1 is right)."""
+    from keras import ops
+
+    rng = np.random.default_rng(0)
+    errors, over = [], []
+    for i in range(0, len(samples) - plan.batch + 1, plan.batch):
+        maps, told, true = draw_crops(samples, plan, rng, plan.batch, first=i)
+        predicted = ops.convert_to_numpy(network.predict_on_batch([maps, told])).astype(np.float32)
+        true = ops.convert_to_numpy(true)
+        left = np.square(true[..., 0] - predicted[..., 0])
+        errors.append(left.sum() / np.square(true[..., 0]).sum())
+        over.append(np.mean(left) / np.mean(np.exp(predicted[..., 1])))
+    return float(np.mean(errors)), float(np.mean(over))
+
+
+def train(
+    structures: Sequence[str],
+    validation: Sequence[str],
+    folder: Path,
+    plan: Plan,
+    *,
+    seconds: float,
+    processes: int,
+    validation_samples: int = 40,
+    outputs: Sequence[Path] = (),
+) -> State:
+    """Train for some seconds, from where the folder says that the last run ended.
+
+    Parameters
+    ----------
+    structures, validation : sequence of str
+        Atomic models to train on, and others.
+    folder : Path
+        Gets weights, optimiser, state and log; also copied to each of `outputs`.
+    plan : Plan
+    seconds : float
+        Of this run.
+    processes : int
+        On the host, that make densities.
+    """
+    begin = time.monotonic()
+    network = build(plan)
+    state = load(folder, network) if (folder / STATE).exists() else State()
+    targets = [folder, *outputs]
+    held_out: list[Sample] = []
+    densities = Densities(structures, plan, processes)
+    others = Densities(validation, plan, max(1, processes // 4), Features(bfactor=40.0)) if validation else None
+    try:
+        if others:
+            made = Samples(plan, others.stream(), seed=1, plain=True).stream()
+            while len(held_out) < validation_samples and time.monotonic() - begin < _VALIDATION_TIME * seconds:
+                held_out.extend(next(made))
+            others.close()
+            logger.info("%.0f s: %d half-maps to validate on", time.monotonic() - begin, len(held_out))
+        source = Samples(plan, densities.stream(state.refinements), seed=plan.seed + 1000 * (state.step + 1))
+        stream = source.stream()
+        pool: deque[Sample] = deque(maxlen=plan.pool)
+        rng = np.random.default_rng([plan.seed, state.step])
+        spent, told_at, before = {"refining": 0.0, "training": 0.0}, begin, state.seconds
+        earlier = state.refinements
+        log = folder / LOG
+        folder.mkdir(parents=True, exist_ok=True)
+        if not log.exists():
+            write_text(log, "step,seconds,loss,validation,variance,learning_rate,half_maps\n")
+        start = time.monotonic()
+        done = state.step
+        while (now := time.monotonic()) - begin < seconds or state.step == done:
+            share = spent["refining"] / max(sum(spent.values()), 1e-9)
+            if len(pool) < _FEWEST or share < plan.refining:
+                new = next(stream)
+                pool.extend(new)
+                state.samples += len(new)
+                spent["refining"] += time.monotonic() - now
+                continue
+            state.seconds = before + now - start
+            rate = learning_rate(plan, state.seconds / (60 * plan.minutes))
+            network.optimizer.learning_rate = rate
+            maps, told, true = draw_crops(pool, plan, rng, plan.batch)
+            found = network.train_on_batch([maps, told], true)
+            loss = float(np.asarray(found if np.ndim(found) == 0 else found[0]))
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {state.step + 1}")
+            state.step += 1
+            state.losses = [*state.losses[-99:], loss]
+            spent["training"] += time.monotonic() - now
+            if now - told_at > _REPORT:
+                told_at = now
+                state.refinements = earlier + source.refinements
+                ratio, variance = validate(network, held_out, plan) if held_out else (math.nan, math.nan)
+                with log.open("a", encoding="utf-8") as stream_:
+                    stream_.write(
+                        f"{state.step},{state.seconds:.0f},{np.mean(state.losses):.5f},{ratio:.5f},{variance:.4f},"
+                        f"{rate:.3e},{len(pool)}\n"
+                    )
+                logger.info(
+                    "%.0f s, step %d: loss %.4f, validation %.4f, variance %.2f; %d half-maps of %d refinements, "
+                    "refining %.0f s, training %.0f s",
+                    now - begin,
+                    state.step,
+                    np.mean(state.losses),
+                    ratio,
+                    variance,
+                    len(pool),
+                    state.refinements,
+                    spent["refining"],
+                    spent["training"],
+                )
+                for target in targets:
+                    save(target, network, state, plan)
+        for target in targets:
+            save(target, network, state, plan)
+            if target != folder:
+                write_text(target / LOG, log.read_text(encoding="utf-8"))
+    finally:
+        densities.close()
+        if others:
+            others.close()
+    return state
+
+
+def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str, scale: float = 1.0) -> Model:
+    """Write the model folder of what was trained: in float32, for any engine; see `cryored.prior.network.scaled`."""
+    network = build_unet(plan.width, plan.depth, knots=plan.knots, uncertainty=True)
+    with np.load(folder / WEIGHTS) as content:
+        network.set_weights([content[f"arr_{i}"] for i in range(len(content.files))])
+    if scale != 1.0:
+        network = scaled(network, scale)
+    about = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    card = ModelCard(
+        name=target.resolve().name,
+        input="regularised",
+        pixel_size=plan.pixel_size,
+        width=plan.width,
+        depth=plan.depth,
+        sha256="",
+        resolution_range=(2 * plan.pixel_size, 20.0),
+        knots=plan.knots,
+        uncertainty=True,
+        target="truth",
+        training={
+            **about["plan"],
+            "structures": structures,
+            **{name: about[name] for name in ("step", "seconds", "refinements", "samples")},
+            "scale": scale,
+            "parameters": int(network.count_params()),
+            "command": command,
+            "cryored": __version__,
+        },
+    )
+    target.mkdir(parents=True, exist_ok=True)
+    return save_model(target, network, card)
+
+
+@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.argument("structures", nargs=-1, required=True, type=click.Path(exists=True), metavar="MODEL.pdb...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
+@click.option("--validation", multiple=True, type=click.Path(exists=True), help="Atomic models, or a folder of them.")
+@click.option("--minutes", default=10.0, help="Of the whole training, over all runs.")
+@click.option("--seconds", type=float, help="Of this run; the next one goes on.  [default: --minutes]")
+@click.option("--copy", multiple=True, type=click.Path(path_type=Path), help="Keep the state here too.")
+@click.option("--processes", default=1, help="That make densities beside the training.")
+@click.option("--width", default=8)
+@click.option("--box", default=96)
+@click.option("--pixel-size", default=1.5, help="Of the maps, in angstrom.")
+@click.option("--crop", default=80)
+@click.option("--batch", default=8)
+@click.option("--learning-rate", default=1.5e-3)
+@click.option("--refining", default=0.3, help="Share of the time in which data are made.")
+@click.option("--seed", default=0)
+@click.option("--mixed-precision/--full-precision", default=True, help="Compute in bfloat16.")
+@click.option("--gpu/--cpu", default=None, help="Insist on a GPU, or keep off it.")
+def main(
+    structures: tuple[str, ...],
+    output: Path,
+    validation: tuple[str, ...],
+    seconds: float | None,
+    copy: tuple[Path, ...],
+    processes: int,
+    gpu: bool | None,
+    **options: Any,
+) -> None:
+    """Train a prior from atomic models within a budget of minutes."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    plan = Plan(**options)
+    logger.info("training on %s", device.set_up(gpu, None))
+    models = _models(structures)
+    state = train(
+        models,
+        _models(validation),
+        output / "state",
+        plan,
+        seconds=60 * plan.minutes if seconds is None else seconds,
+        processes=processes,
+        outputs=copy,
+    )
+    if seconds is None or state.seconds > 60 * plan.minutes - _REPORT:
+        finish(output / "state", plan, output, len(models), " ".join(sys.argv))
+
+
+def _models(names: Sequence[str]) -> list[str]:
+    found = []
+    for name in names:
+        path = Path(name)
+        found += [str(file) for file in sorted(path.iterdir())] if path.is_dir() else [name]
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What the resident updater consists of: hand-over files, table, report."""
