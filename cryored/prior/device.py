@@ -15,6 +15,8 @@ from cryored.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+NUMBER = "CRYORED_GPU_NUMBER"  # which of the visible GPUs, from 0; the variable that a hook can set for its command
+
 
 def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
     """Choose the device before the network is built, and return its name (``CPU``, ``GPU ...``, ``torch, CPU``).
@@ -22,14 +24,15 @@ def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
     Parameters
     ----------
     gpu : bool, optional
-        True insists on a GPU, False keeps off it; None takes one where there is one.
+        True insists on a GPU, False keeps off it; None takes one where there is one. With CRYORED_GPU_NUMBER in the
+        environment it is that one of the visible GPUs.
     threads : int, optional
         CPU threads of the network; JAX takes all.
 
     Raises
     ------
     ModelError
-        A GPU was insisted on and there is none.
+        A GPU was insisted on and there is none, or CRYORED_GPU_NUMBER is none of the visible ones.
     """
     name = _backend()
     find = {"tensorflow": _set_up_tensorflow, "torch": _set_up_torch, "jax": _set_up_jax}.get(name)
@@ -47,6 +50,17 @@ def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
     return described if name == "tensorflow" else f"{name}, {described}"
 
 
+def _choose(gpus: list[Any]) -> Any:
+    """Return that one of the visible GPUs which CRYORED_GPU_NUMBER asks for, by default the first."""
+    number = os.environ.get(NUMBER) or "0"
+    if not number.isdecimal() or int(number) >= len(gpus):
+        raise ModelError(
+            f"{NUMBER} is '{number}', expected 0 to {len(gpus) - 1}: {len(gpus)} GPUs are visible; it counts within "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return gpus[int(number)]
+
+
 def _backend() -> str:
     """Return the name of Keras' back-end, and see to it that Keras takes the same."""
     return os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -61,9 +75,10 @@ def _set_up_tensorflow(use_gpu: bool, threads: int | None) -> str | None:
 
         gpus = tf.config.list_physical_devices("GPU")
     try:
-        if not use_gpu:
-            tf.config.set_visible_devices([], "GPU")
-            gpus = []
+        gpus = gpus if use_gpu else []
+        if os.environ.get(NUMBER) and gpus:
+            gpus = [_choose(gpus)]
+        tf.config.set_visible_devices(gpus, "GPU")
         for device in gpus:
             # Take memory as it is needed: RELION shares the card.
             tf.config.experimental.set_memory_growth(device, True)
@@ -80,6 +95,7 @@ def _set_up_torch(use_gpu: bool, threads: int | None) -> str | None:
     if threads:
         torch.set_num_threads(threads)
     if use_gpu and torch.cuda.is_available():
+        torch.cuda.set_device(_choose(list(range(torch.cuda.device_count()))))
         return str(torch.cuda.get_device_name())
     os.environ["KERAS_TORCH_DEVICE"] = "cpu"
     return None
@@ -90,8 +106,13 @@ def _set_up_jax(use_gpu: bool, threads: int | None) -> str | None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    first = jax.devices()[0]
-    return None if first.platform == "cpu" else str(first.device_kind)
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return None
+    chosen = _choose(devices)
+    if os.environ.get(NUMBER):
+        jax.config.update("jax_default_device", chosen)
+    return str(chosen.device_kind)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from cryored.errors import ModelError
 from cryored.files.output import whole_file, write_text
+from cryored.files.share import share_folders
 
 DEFAULT_MODEL = "cwred"
 WEIGHTS = "model.keras"
@@ -92,9 +93,7 @@ class Model:
 def model_folders() -> list[Path]:
     """Return the folders in which names are looked up, in order."""
     added = [Path(entry) for entry in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if entry]
-    package = Path(__file__).parent.parent
-    # In a wheel the models lie inside the package; in a checkout (editable install) beside it.
-    return [*added, package / "share" / "models", package.parent / "share" / "models"]
+    return [*added, *share_folders("models")]
 
 
 def find_model(name_or_path: str) -> Model:

@@ -145,6 +145,34 @@ def reconstruct(
     return _finish(sums, columns, tables.reach, threads)
 
 
+def estimated_fsc(sums: Accumulators, tau2: Shells, *, threads: int | None = None) -> Shells:
+    """Return the FSC that a map should have to another one from as many images, by its own tau2 and K.
+
+    S / (1 + S) with the signal-to-noise ratio S = pad**3 tau2 K of each shell, K its mean. In auto-refine tau2 is made
+    from the FSC by this equation, so that it comes back exactly, the tau2 fudge factor included. In Class3D tau2 is
+    the power of the last iteration's map.
+
+    Parameters
+    ----------
+    sums : Accumulators
+    tau2 : (ori // 2 + 1,) float64
+        As in the request.
+    threads : int, optional
+
+    Returns
+    -------
+    (ori // 2 + 1,) float64; 0 from r_max on.
+    """
+    end = _known(sums)
+    bins = _round_array(np.sqrt(np.arange(end + 1, dtype=np.float64)) / sums.pad)
+    bins = np.minimum(bins, sums.r_max)
+    mean = _radial_mean(sums, bins, lambda weight, k2: weight, threads or default_threads())
+    ratio = sums.pad**3 * tau2[: sums.r_max] * mean
+    fsc = np.zeros(len(tau2))
+    fsc[: sums.r_max] = ratio / (1 + ratio)
+    return fsc
+
+
 @dataclass(frozen=True)
 class _Tables:
     """What the update needs to know of a coefficient, as functions of its integer k**2.
@@ -200,19 +228,37 @@ def _floor(sums: Accumulators, added: Shells, empty: npt.NDArray[np.bool_] | Non
     end = _round((sums.r_max * sums.pad) ** 2)  # RELION's bound here, not the square of the rounded radius
     bins = (np.sqrt(np.arange(end + 1, dtype=np.float64)) / sums.pad).astype(np.intp)
     bins[end] = sums.r_max
-    reach = min(int(np.sqrt(end - 1)), sums.n // 2)
-    kz, rows, kx = _kept(sums.n, reach)
     known = _known(sums)
 
-    def shell_sums(part: slice) -> tuple[Shells, Shells]:
-        index = kz[part]
-        k2 = _k2(frequencies(sums.n)[index], frequencies(sums.n)[rows], kx)
-        weight = sums.weight[index][:, rows, : reach + 1]
+    def denominator(weight: Array, k2: npt.NDArray[np.int32]) -> Array:
         table = np.minimum(k2, len(added) - 1)
         total = weight + np.take(added, table)
         if empty is not None:
             total += np.where(np.take(empty, table) & (weight > 1e-20), 1 / (1e-3 * np.maximum(weight, 1e-20)), 0)
         total[k2 >= known] = 0.0
+        return total
+
+    return _FLOOR * _radial_mean(sums, bins, denominator, threads)
+
+
+def _radial_mean(
+    sums: Accumulators, bins: npt.NDArray[np.intp], value: Callable[[Array, npt.NDArray[np.int32]], Array], threads: int
+) -> Shells:
+    """Return the mean of a function of K and k**2 in each of the first r_max bins.
+
+    Parameters
+    ----------
+    bins : (end + 1,) intp
+        Bin of each k**2; the last entry, r_max, stands for all from there on.
+    """
+    end = len(bins) - 1
+    reach = min(int(np.sqrt(end - 1)), sums.n // 2)
+    kz, rows, kx = _kept(sums.n, reach)
+
+    def shell_sums(part: slice) -> tuple[Shells, Shells]:
+        index = kz[part]
+        k2 = _k2(frequencies(sums.n)[index], frequencies(sums.n)[rows], kx)
+        total = value(sums.weight[index][:, rows, : reach + 1], k2)
         shell = np.take(bins, np.minimum(k2, end)).ravel()
         size = sums.r_max + 1
         return np.bincount(shell, total.ravel(), size).astype(np.float64), np.bincount(shell, minlength=size).astype(
@@ -223,7 +269,7 @@ def _floor(sums: Accumulators, added: Shells, empty: npt.NDArray[np.bool_] | Non
     found = parallel(shell_sums, parts(len(kz), planes), threads)
     total = np.sum([item[0] for item in found], axis=0)[: sums.r_max]
     count = np.sum([item[1] for item in found], axis=0)[: sums.r_max]
-    return _FLOOR * total / np.maximum(count, 1)
+    return total / np.maximum(count, 1)
 
 
 def _known(sums: Accumulators) -> int:
