@@ -25,8 +25,8 @@ from cryored.files.requests import read_request_file
 from cryored.files.star import read_star
 from cryored.maps.fsc import shell_correlation
 from cryored.maps.mask import soft_mask
+from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import estimated_fsc
-from cryored.refinement.red_update import load_sums
 from cryored.refinement.relion_runs import LOCAL_SEARCH, Data, make_data
 
 HOOK = Path(__file__).resolve().parent.parent / "bin" / "cryored-external-reconstruct"

@@ -43,8 +43,8 @@ def judge_run(data: Data, run: str, denoise: Denoise) -> Iterator[tuple[Judgemen
     from cryored.files.star import read_star
     from cryored.maps.truth_scale import grey_scale
     from cryored.maps.volume import Volume
+    from cryored.reconstruction.sums import load_sums
     from cryored.reconstruction.update import inverse_prior, reconstruct
-    from cryored.refinement.red_update import load_sums
     from cryored.simulation.harvest import harvest_request
 
     truth = read_volume(data.truth).data

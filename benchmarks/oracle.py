@@ -18,8 +18,9 @@ from cryored.files.requests import read_request_file
 from cryored.maps.truth_scale import grey_scale
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import DEFAULT_MODEL, find_model
+from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import reconstruct
-from cryored.refinement.red_update import Settings, Updater, is_joined, load_sums
+from cryored.refinement.red_update import Settings, Updater, is_joined
 
 
 def answer(truth_path: str, job: str) -> None:

@@ -18,8 +18,8 @@ from cryored.maps.fsc import shell_correlation
 from cryored.maps.volume import Volume
 from cryored.reconstruction.back_projection import BackProjector, half_map_correlation
 from cryored.reconstruction.projection import Projector, images, random_rotations, rotation_matrices, shift_phases
+from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import reconstruct
-from cryored.refinement.red_update import load_sums
 from cryored.simulation.particles import simulate_particles_file
 
 BOX = 32

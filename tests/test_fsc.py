@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cryored.assessment.fsc_of_files import FscOptions, fsc_files
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.star import read_star
@@ -19,7 +20,6 @@ from cryored.maps.fourier import apply_shells, forward, inverse, shell_index, sh
 from cryored.maps.fsc import (
     corrected_correlation,
     crossing_resolution,
-    fsc_files,
     masked_correlation,
     nominal_resolution,
     shell_correlation,
@@ -218,7 +218,10 @@ def test_against_relion_postprocess_live(tmp_path, box, randomise):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
         tables.append(read_star(tmp_path / f"post{seed}.star"))
     files = tmp_path / "run_half1.mrc", tmp_path / "run_half2.mrc"
-    results = [fsc_files(*files, mask=tmp_path / "mask.mrc", randomise_from=randomise, seed=s).masked for s in range(8)]
+    results = [
+        fsc_files(*files, FscOptions(mask=tmp_path / "mask.mrc", randomise_from=randomise, seed=s)).masked
+        for s in range(8)
+    ]
     np.testing.assert_allclose(results[0].unmasked, tables[0].numbers("fsc", UNMASKED), atol=1e-5)
     np.testing.assert_allclose(results[0].masked, tables[0].numbers("fsc", MASKED), atol=1e-5)
     found = tables[0].number("general", "rlnRandomiseFrom")
@@ -318,7 +321,7 @@ def model(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_the_network_sees_noise_of_the_strength_of_the_signal(maps, model, kind, mask):
     folder, seen = model(kind)
-    result = fsc_files(HALF1, HALF2, mask=mask, substitute_noise_from=6.0, model=folder, seed=7)
+    result = fsc_files(HALF1, HALF2, FscOptions(mask=mask, substitute_noise_from=6.0, model=folder, seed=7))
     assert result.substituted.start == 16
     originals, noisy = seen[:2], seen[2:]
     weights = shell_correlation(*maps[:2]).clip(0)
@@ -336,7 +339,7 @@ def test_the_network_sees_noise_of_the_strength_of_the_signal(maps, model, kind,
 def test_the_noise_follows_the_seed_and_neither_the_mask_nor_the_threads(model):
     folder, seen = model("regularised")
     for changes in ({"threads": 1}, {"threads": 2}, {"mask": MASK}, {"seed": 1}):
-        fsc_files(HALF1, HALF2, substitute_noise_from=6.0, model=folder, **changes)
+        fsc_files(HALF1, HALF2, FscOptions(substitute_noise_from=6.0, model=folder, **changes))
     first, threads, mask, seed = seen[2::4]
     np.testing.assert_array_equal(threads, first)
     np.testing.assert_array_equal(mask, first)
@@ -407,7 +410,7 @@ def test_files_that_cannot_be_compared(tmp_path, second, message):
 def test_files_that_are_no_mask(tmp_path, data, message):
     a, b = (write(tmp_path / f"{name}.mrc", noise(BOX, seed)) for seed, name in enumerate("ab"))
     with pytest.raises(InputError, match=message):
-        fsc_files(a, b, mask=write(tmp_path / "mask.mrc", data))
+        fsc_files(a, b, FscOptions(mask=write(tmp_path / "mask.mrc", data)))
 
 
 def test_pixel_sizes(tmp_path):
@@ -416,20 +419,20 @@ def test_pixel_sizes(tmp_path):
     assert fsc_files(a, write(tmp_path / "b.mrc", noise(BOX, 2), 1.505)).voxel_size == 1.5
     unknown = write(tmp_path / "c.mrc", noise(BOX, 2), 0)
     assert fsc_files(unknown, a).voxel_size == fsc_files(a, unknown).voxel_size == 1.5
-    assert fsc_files(a, write(tmp_path / "d.mrc", noise(BOX, 2), 3.0), angpix=2.0).voxel_size == 2.0
+    assert fsc_files(a, write(tmp_path / "d.mrc", noise(BOX, 2), 3.0), FscOptions(angpix=2.0)).voxel_size == 2.0
     nothing = fsc_files(unknown, unknown)
     assert nothing.voxel_size == 0
     assert np.isnan(nothing.frequency).all()
     with pytest.raises(InputError, match="c.mrc: no pixel size in the header, expected one; give --angpix"):
         nothing.resolution()
     with pytest.raises(InputError, match="c.mrc: no pixel size in the header, --randomise-from needs it"):
-        fsc_files(unknown, unknown, mask=write(tmp_path / "m.mrc", np.ones(BOX)), randomise_from=8.0)
+        fsc_files(unknown, unknown, FscOptions(mask=write(tmp_path / "m.mrc", np.ones(BOX)), randomise_from=8.0))
     with pytest.raises(InputError, match="c.mrc: no pixel size in the header, --substitute-noise needs it"):
-        fsc_files(unknown, unknown, substitute_noise_from=8.0)
+        fsc_files(unknown, unknown, FscOptions(substitute_noise_from=8.0))
 
 
 def test_files_equal_arrays(maps, tmp_path):
-    result = fsc_files(HALF1, HALF2, mask=MASK, seed=5)
+    result = fsc_files(HALF1, HALF2, FscOptions(mask=MASK, seed=5))
     expected = masked_correlation(*maps, rng=np.random.default_rng(5))
     assert result.box == 64
     assert result.voxel_size == 1.5
@@ -437,4 +440,4 @@ def test_files_equal_arrays(maps, tmp_path):
     np.testing.assert_array_equal(fsc_files(HALF1, HALF2).best, expected.unmasked)
     assert result.frequency[-1] == pytest.approx(1 / 3.0)
     # 12 A is shell 8 of 96 A exactly, whatever the rounding.
-    assert fsc_files(HALF1, HALF2, mask=MASK, randomise_from=12.0).masked.randomise_from == 8
+    assert fsc_files(HALF1, HALF2, FscOptions(mask=MASK, randomise_from=12.0)).masked.randomise_from == 8

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cryored.assessment.fsc_of_files import FscOptions, fsc_files, log_summary
 from cryored.cli import cli
 from cryored.errors import InputError
 from cryored.files.fsc_tables import format_tsv, format_xml, parse_fsc_table, read_fsc_table, star_blocks
 from cryored.files.mrc import write_volume
 from cryored.files.star import format_star, parse_star, read_star
-from cryored.maps.fsc import FscResult, MaskedFsc, fsc_files, log_summary, nominal_resolution
+from cryored.maps.fsc import FscResult, MaskedFsc, nominal_resolution
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
 
@@ -33,7 +34,7 @@ FREQUENCY = np.arange(33) / 96.0
 
 @pytest.fixture(scope="module")
 def masked():
-    return fsc_files(HALF1, HALF2, mask=MASK)
+    return fsc_files(HALF1, HALF2, FscOptions(mask=MASK))
 
 
 @pytest.fixture(scope="module")

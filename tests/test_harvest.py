@@ -17,7 +17,7 @@ from cryored.maps.fourier import apply_shells, forward, shell_index
 from cryored.maps.fsc import shell_correlation
 from cryored.maps.truth_scale import grey_scale
 from cryored.maps.volume import Volume
-from cryored.refinement.red_update import load_sums
+from cryored.reconstruction.sums import load_sums
 from cryored.simulation.harvest import find_requests, harvest_files, harvest_request, overlap
 from cryored.simulation.pair_table import read_pairs
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cryored.cli.harvest_relion import harvest_relion as command
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume
 from cryored.files.star import read_star
@@ -103,12 +104,12 @@ def relion(tmp_path, monkeypatch):
 
 
 def program(*arguments):
-    return CliRunner().invoke(harvest_relion.harvest_relion, [*map(str, arguments)])
+    return CliRunner().invoke(command, [*map(str, arguments)])
 
 
 def run(*arguments):
     """Run it as a process of its own."""
-    command = [sys.executable, "-m", "cryored.refinement.harvest_relion", *map(str, arguments)]
+    command = [sys.executable, "-m", "cryored.cli.harvest_relion", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -309,7 +310,7 @@ def test_a_structure_of_another_part_stops_before_anything(relion, structures):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_children(relion, structures, number):
     relion("hang")
-    command = [sys.executable, "-m", "cryored.refinement.harvest_relion", *structures, "-o", "out", *SMALL]
+    command = [sys.executable, "-m", "cryored.cli.harvest_relion", *structures, "-o", "out", *SMALL]
     begin = {"PYTHONPATH": str(REPOSITORY)} | os.environ
     process = subprocess.Popen(
         command,

@@ -13,8 +13,8 @@ from cryored.files.requests import read_request_file
 from cryored.maps.fourier import apply_shells
 from cryored.maps.fsc import shell_correlation
 from cryored.reconstruction.projection import angular_distance, random_rotations
+from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import inverse_prior, reconstruct
-from cryored.refinement.red_update import load_sums
 from cryored.simulation import intermediates
 from cryored.simulation.density import gaussian_map
 from cryored.simulation.intermediates import Experiment, intermediate_pairs, map_prior, pairs_of, trajectory

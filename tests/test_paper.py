@@ -23,11 +23,11 @@ from paper import measure, plan, results, work
 from paper.plan import RUNS, Cell, parse_cells, parse_runs
 from paper.work import Experiment
 
-from cryored.assessment.noise_substitution import SubstitutedFsc
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.star import read_star, write_star
 from cryored.maps.fourier import apply_shells
+from cryored.maps.fsc import SubstitutedFsc
 from cryored.reconstruction.projection import euler_angles, perturb, rotation_matrices
 from cryored.refinement.relion_runs import LOCAL_SEARCH, RefinementError
 from cryored.simulation.pair_table import Pair, write_pair, write_pairs

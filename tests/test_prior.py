@@ -1,13 +1,13 @@
 """Training from atomic models: features of real maps, refinements on the device, samples, and the whole, small."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cryored.cli.train_prior import train_prior
 from cryored.maps.fourier import low_pass
 from cryored.maps.fsc import shell_correlation
 from cryored.maps.truth_scale import grey_scale
@@ -22,7 +22,7 @@ from cryored.simulation.intermediates import Experiment
 from cryored.simulation.structure import read_atoms
 from cryored.training import from_atoms as prior
 from cryored.training.device_refinements import Refiner, uneven_rotations
-from cryored.training.from_atoms import Plan, Samples, draw_crops, learning_rate, loss_of, main
+from cryored.training.from_atoms import Plan, Samples, draw_crops, learning_rate, loss_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
@@ -233,17 +233,17 @@ def test_a_scaled_network_scales_its_estimate(uncertainty):
 
 @pytest.mark.slow
 def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "_REPORT", 2.0)
+    monkeypatch.setattr(prior, "REPORT", 2.0)
     monkeypatch.setattr(prior, "draw_experiment", lambda rng: Experiment(number=40, snr=0.5, angle=3.0))
     out = tmp_path / "tiny"
     common = [MODEL, "-o", str(out), "--minutes", "0.2", "--box", "32", "--pixel-size", "5", "--crop", "16"]
     common += ["--batch", "2", "--width", "2", "--full-precision", "--cpu"]
-    first = CliRunner().invoke(main, [*common, "--seconds", "8", "--copy", str(tmp_path / "copy")])
+    first = CliRunner().invoke(train_prior, [*common, "--seconds", "8", "--copy", str(tmp_path / "copy")])
     assert first.exit_code == 0, first.output
     assert not (out / "model.keras").exists()
     begun = json.loads((out / "state" / "state.json").read_text())
     assert (tmp_path / "copy" / "weights.npz").exists()
-    second = CliRunner().invoke(main, common)
+    second = CliRunner().invoke(train_prior, common)
     assert second.exit_code == 0, second.exception
     found = find_model(str(out))
     assert found.card.target == "truth"
@@ -251,4 +251,3 @@ def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
     assert (out / "state" / "training.csv").read_text().startswith("step,seconds,loss")
     volume = Volume(rng().normal(size=(24, 24, 24)).astype(np.float32), 5.0)
     assert Denoiser(found, gpu=False)(volume).shape == volume.shape
-    assert replace(found.card, name="x").knots == 24

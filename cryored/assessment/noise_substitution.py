@@ -4,39 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from cryored.maps.fourier import apply_shells, forward, inverse, shell_index
-from cryored.maps.fsc import Curve, check_shell, shell_correlation
+from cryored.maps.fsc import Curve, SubstitutedFsc, check_shell, shell_correlation
 from cryored.maps.volume import Floats, Volume
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SubstitutedFsc:
-    """What a denoiser makes common to two maps that have nothing in common beyond a shell.
-
-    Parameters
-    ----------
-    start : int
-        First shell in which noise stands for the signal.
-    substituted : (n_shells,) float64
-        FSC of the maps with noise, before the denoiser: the control, about 0 from `start` on but for the mask.
-    denoised : (n_shells,) float64
-        FSC of the denoised maps.
-    denoised_substituted : (n_shells,) float64
-        FSC of the denoised maps with noise: from `start` on it is invented.
-    """
-
-    start: int
-    substituted: Curve
-    denoised: Curve
-    denoised_substituted: Curve
 
 
 def substitute_noise(data: Floats, start: int, *, rng: np.random.Generator, threads: int | None = None) -> Floats:

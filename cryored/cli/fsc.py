@@ -99,22 +99,12 @@ def fsc(
         if target is not None and target != STREAM:
             check_target(target, overwrite)
 
+    from cryored.assessment.fsc_of_files import FscOptions, fsc_files, log_summary
     from cryored.files.fsc_tables import draw_fsc, format_tsv, format_xml, star_blocks
     from cryored.files.star import write_star
-    from cryored.maps.fsc import fsc_files, log_summary
 
-    result = fsc_files(
-        map1,
-        map2,
-        mask=mask,
-        angpix=angpix,
-        randomise_from=randomise_from,
-        substitute_noise_from=substitute_noise,
-        model=model,
-        gpu=gpu,
-        seed=seed,
-        threads=threads,
-    )
+    chosen = FscOptions(mask, angpix, randomise_from, substitute_noise, model, gpu, seed, threads)
+    result = fsc_files(map1, map2, chosen)
     log_summary(result, threshold)
     if star is not None:
         write_star(star, star_blocks(result, threshold))

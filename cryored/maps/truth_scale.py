@@ -7,12 +7,11 @@ import numpy as np
 from cryored.errors import InputError
 from cryored.maps.fourier import apply_shells
 from cryored.maps.volume import Floats
-from cryored.simulation.pair_table import Array
 
 RELIABLE = 0.5  # half-map FSC above which a shell is compared with the truth
 
 
-def grey_scale(volume: Array, truth: Array, fsc: Floats) -> float:
+def grey_scale(volume: Floats, truth: Floats, fsc: Floats) -> float:
     """Return the factor that puts a truth on the grey scale of an unregularised map.
 
     Least squares over the shells up to the first with an FSC of 0.5 or less, without shell 0: the noise is all in

@@ -16,7 +16,7 @@ import numpy as np
 
 from cryored import __version__
 from cryored.errors import InputError
-from cryored.files.mrc import read_array, read_volume, write_volume
+from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_target
 from cryored.files.requests import Request, Shells, parts_of, read_request_file
 from cryored.maps.fsc import whole_set_fsc
@@ -25,7 +25,8 @@ from cryored.prior.denoiser import Denoiser, crossover, fade_out
 from cryored.prior.lambda_schedule import Schedule, model_schedule
 from cryored.prior.models import Model, check_weights, find_model
 from cryored.prior.weights import Calibration, ShellWeights, model_calibration, published_weights
-from cryored.reconstruction.update import Accumulators, Array, Denoised, check_accumulators, inverse_prior, reconstruct
+from cryored.reconstruction.sums import load_sums
+from cryored.reconstruction.update import Accumulators, Array, Denoised, inverse_prior, reconstruct
 
 logger = logging.getLogger(__name__)
 
@@ -250,22 +251,6 @@ class Updater:
     @staticmethod
     def _prior(request: Request) -> Shells:
         return inverse_prior(request.tau2, request.tau2_fudge, request.pad)
-
-
-def load_sums(request: Request, threads: int | None = None) -> Accumulators:
-    """Map B and K of a request into memory and check every value."""
-    files = (request.data_real, request.data_imag, request.weight)
-    for path in files:
-        if not path.exists():
-            raise InputError(
-                f"{path}: missing, expected beside {request.star}; paths in the request are relative to RELION's "
-                "project folder: run the command there"
-            )
-    real, imag, weight = (read_array(path, request.array_shape) for path in files)
-    sums = Accumulators(real, imag, weight, request.ori, request.pad, request.r_max)
-    names = (str(files[0]), str(files[1]), str(files[2]))
-    check_accumulators(sums, names, threads)
-    return sums
 
 
 @dataclass

@@ -19,6 +19,7 @@ from cryored.files.output import check_target
 from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
+from cryored.reconstruction.sums import load_sums
 from cryored.refinement.mailbox import Inbox, Presence
 from cryored.refinement.red_update import (
     DENOISED,
@@ -28,7 +29,6 @@ from cryored.refinement.red_update import (
     Outputs,
     Settings,
     Updater,
-    load_sums,
     plan_outputs,
     timed,
 )

@@ -17,8 +17,8 @@ from cryored.maps.fourier import apply_shells
 from cryored.maps.fsc import shell_correlation
 from cryored.maps.truth_scale import RELIABLE, grey_scale, reliable_shells
 from cryored.maps.volume import Floats, Volume
+from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import Accumulators, reconstruct
-from cryored.refinement.red_update import load_sums
 from cryored.simulation.pair_table import Array, Pair, PairRow, write_pair, write_pairs
 from cryored.simulation.split import check_split
 

@@ -27,8 +27,8 @@ from cryored.maps.fourier import forward, half_frequencies, shell_index
 from cryored.maps.truth_scale import grey_scale
 from cryored.maps.volume import Floats, Volume
 from cryored.prior.weights import Calibration
+from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import inverse_prior, reconstruct
-from cryored.refinement.red_update import load_sums
 from cryored.training.batches import Input
 from cryored.training.evaluation import Array, Denoise
 

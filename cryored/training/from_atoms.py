@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 
@@ -52,7 +50,7 @@ _UNKNOWN = 0.1  # share of the half-maps whose FSC the network is not told
 _MASKED, _SHARPENED = 0.2, 0.2  # shares of the half-maps
 _FEWEST = 16  # half-maps in the pool before the first step
 _VALIDATION_TIME = 0.1  # share of a run in which validation data may be made
-_REPORT = 20.0  # seconds between lines of the log
+REPORT = 20.0  # seconds between lines of the log
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.npz", "optimizer.npz", "state.json", "training.csv"
 
 Array = npt.NDArray[np.float32]
@@ -503,7 +501,7 @@ def train(
             state.step += 1
             state.losses = [*state.losses[-99:], loss]
             spent["training"] += time.monotonic() - now
-            if now - told_at > _REPORT:
+            if now - told_at > REPORT:
                 told_at = now
                 state.refinements = earlier + source.refinements
                 ratio, variance = validate(network, held_out, plan) if held_out else (math.nan, math.nan)
@@ -569,61 +567,3 @@ def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str
     )
     target.mkdir(parents=True, exist_ok=True)
     return save_model(target, network, card)
-
-
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
-@click.argument("structures", nargs=-1, required=True, type=click.Path(exists=True), metavar="MODEL.pdb...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
-@click.option("--validation", multiple=True, type=click.Path(exists=True), help="Atomic models, or a folder of them.")
-@click.option("--minutes", default=10.0, help="Of the whole training, over all runs.")
-@click.option("--seconds", type=float, help="Of this run; the next one goes on.  [default: --minutes]")
-@click.option("--copy", multiple=True, type=click.Path(path_type=Path), help="Keep the state here too.")
-@click.option("--processes", default=1, help="That make densities beside the training.")
-@click.option("--width", default=8)
-@click.option("--box", default=96)
-@click.option("--pixel-size", default=1.5, help="Of the maps, in angstrom.")
-@click.option("--crop", default=80)
-@click.option("--batch", default=8)
-@click.option("--learning-rate", default=1.5e-3)
-@click.option("--refining", default=0.3, help="Share of the time in which data are made.")
-@click.option("--seed", default=0)
-@click.option("--mixed-precision/--full-precision", default=True, help="Compute in bfloat16.")
-@click.option("--gpu/--cpu", default=None, help="Insist on a GPU, or keep off it.")
-def main(
-    structures: tuple[str, ...],
-    output: Path,
-    validation: tuple[str, ...],
-    seconds: float | None,
-    copy: tuple[Path, ...],
-    processes: int,
-    gpu: bool | None,
-    **options: Any,
-) -> None:
-    """Train a prior from atomic models within a budget of minutes."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plan = Plan(**options)
-    logger.info("training on %s", device.set_up(gpu, None))
-    models = _models(structures)
-    state = train(
-        models,
-        _models(validation),
-        output / "state",
-        plan,
-        seconds=60 * plan.minutes if seconds is None else seconds,
-        processes=processes,
-        outputs=copy,
-    )
-    if seconds is None or state.seconds > 60 * plan.minutes - _REPORT:
-        finish(output / "state", plan, output, len(models), " ".join(sys.argv))
-
-
-def _models(names: Sequence[str]) -> list[str]:
-    found = []
-    for name in names:
-        path = Path(name)
-        found += [str(file) for file in sorted(path.iterdir())] if path.is_dir() else [name]
-    return found
-
-
-if __name__ == "__main__":
-    main()

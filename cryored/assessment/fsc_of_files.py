@@ -1,0 +1,219 @@
+"""The FSC of two files: what ``cryored fsc`` does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from cryored.assessment.noise_substitution import substituted_volumes
+from cryored.errors import InputError
+from cryored.files.mrc import read_volume
+from cryored.files.output import is_stream
+from cryored.maps.fsc import Curve, FscResult, SubstitutedFsc, last_above, masked_correlation, shell_correlation
+from cryored.maps.volume import Floats, Volume
+from cryored.prior.models import DEFAULT_MODEL
+
+logger = logging.getLogger(__name__)
+
+AnyPath = str | os.PathLike[str]
+
+_VOXEL_TOLERANCE = 0.01  # relative difference of pixel sizes below which two maps share a grid
+_MASK_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class FscOptions:
+    """How two maps are compared.
+
+    Parameters
+    ----------
+    mask : path, optional
+        MRC file or ``-``, from 0 to 1.
+    angpix : float, optional
+        Pixel size in angstrom that replaces those of the headers.
+    randomise_from : float, optional
+        Resolution in angstrom beyond which phases are randomised; see `masked_correlation` for the default.
+    substitute_noise_from : float, optional
+        Resolution in angstrom beyond which noise replaces the signal in a test of a model; see
+        `cryored.assessment.noise_substitution.substituted_correlation`. The maps are then raw half-maps.
+    model : str
+        Name or folder of the model under test.
+    gpu : bool, optional
+        See `cryored.prior.device.set_up`.
+    seed : int
+        Of the random phases and of the noise.
+    threads : int, optional
+        For the transforms; all cores by default.
+    """
+
+    mask: AnyPath | None = None
+    angpix: float | None = None
+    randomise_from: float | None = None
+    substitute_noise_from: float | None = None
+    model: str = DEFAULT_MODEL
+    gpu: bool | None = None
+    seed: int = 0
+    threads: int | None = None
+
+
+def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) -> FscResult:
+    """Compare two map files, within a mask where one is given.
+
+    Parameters
+    ----------
+    map1, map2 : path
+        MRC files or, for one of them and the mask, ``-``.
+    options : FscOptions
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, the grids differ, a map is constant, the mask is no mask, or a resolution lies
+        outside the shells.
+    ModelError
+        The model cannot be found or used.
+    """
+    names = (_name(map1), _name(map2))
+    first, second = (read_volume(path, angpix=options.angpix) for path in (map1, map2))
+    voxel_size = _check_maps(names, first, second)
+    mask = None if options.mask is None else _read_mask(options.mask, options.angpix, names[0], first)
+
+    def shell_at(resolution: float, option: str) -> int:
+        if not voxel_size:
+            raise InputError(f"{names[0]}: no pixel size in the header, {option} needs it; give --angpix")
+        # Downwards, as RELION does; the small number keeps 12 A of 96 A at shell 8.
+        return math.floor(max(first.shape) * voxel_size / resolution + 1e-6)
+
+    masked = substituted = None
+    if mask is None:
+        unmasked = shell_correlation(first.data, second.data, threads=options.threads)
+    else:
+        start = options.randomise_from
+        masked = masked_correlation(
+            first.data,
+            second.data,
+            mask,
+            rng=np.random.default_rng(options.seed),
+            randomise_from=None if start is None else shell_at(start, "--randomise-from"),
+            threads=options.threads,
+        )
+        unmasked = masked.unmasked
+    if options.substitute_noise_from is not None:
+        substituted = substituted_volumes(
+            first.with_voxel_size(voxel_size),
+            second.with_voxel_size(voxel_size),
+            unmasked,
+            shell_at(options.substitute_noise_from, "--substitute-noise"),
+            model=options.model,
+            # Random numbers of its own, so that the noise is the same with and without a mask.
+            rng=np.random.default_rng(np.random.SeedSequence(options.seed).spawn(1)[0]),
+            mask=mask,
+            gpu=options.gpu,
+            threads=options.threads,
+        )
+    _warn_of_doubtful(names, first, second)
+    mask_name = None if options.mask is None else _name(options.mask)
+    return FscResult(names, mask_name, max(first.shape), voxel_size, unmasked, masked, substituted)
+
+
+def _check_maps(names: tuple[str, str], first: Volume, second: Volume) -> float:
+    """Refuse maps that cannot be compared; return their voxel size in angstrom."""
+    for name, volume in zip(names, (first, second), strict=True):
+        if np.ptp(volume.data) == 0:
+            raise InputError(f"{name}: all voxels are {volume.data.flat[0]:g}, expected a map with density")
+    _check_shape(names[1], second, names[0], first)
+    return _common_voxel_size(names, first.voxel_size, second.voxel_size)
+
+
+def _read_mask(path: AnyPath, angpix: float | None, name: str, volume: Volume) -> Floats:
+    mask = read_volume(path, angpix=angpix)
+    _check_shape(_name(path), mask, name, volume)
+    _check_mask(_name(path), mask.data)
+    return mask.data
+
+
+def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:
+    """Warn of two maps that are one, or that their headers place differently."""
+    if np.array_equal(volume1.data, volume2.data):
+        logger.warning("%s and %s hold the same map: its FSC with itself is 1 and tells nothing", *names)
+    places = [(volume.origin, volume.nstart) for volume in (volume1, volume2)]
+    if places[0] != places[1]:
+        words = [f"origin {origin} A, start {start}" for origin, start in places]
+        logger.warning(
+            "%s has %s, %s has %s: compared voxel by voxel all the same; shift one of them if they lie apart",
+            names[0],
+            words[0],
+            names[1],
+            words[1],
+        )
+
+
+def log_summary(result: FscResult, threshold: float = 0.143) -> None:
+    """Log the resolution at a threshold; warn, as relion_postprocess does, of what makes it doubtful."""
+    shell = last_above(result.best, threshold)
+    kind = "unmasked" if result.masked is None else "corrected"
+    place = f"{1 / result.frequency[shell]:.2f} A" if shell and result.voxel_size else f"shell {shell}"
+    if shell == 0:
+        logger.warning("no resolution: the %s FSC is below %g from the first shell on", kind, threshold)
+    elif shell == len(result.best) - 1:
+        logger.info("resolution %s (Nyquist) or better: the %s FSC never drops below %g", place, kind, threshold)
+    else:
+        logger.info("resolution %s: the last shell before the %s FSC drops below %g", place, kind, threshold)
+    if not result.voxel_size:
+        logger.warning("%s: no pixel size in the header, so no frequencies; give --angpix", result.maps[0])
+    if result.substituted is not None:
+        _log_invented(result.substituted, result.frequency)
+    if result.masked is None:
+        return
+    logger.info("phases randomised from shell %d on", result.masked.randomise_from)
+    if last_above(result.unmasked, threshold) > shell:
+        logger.warning("the unmasked FSC reaches further than the corrected one: does the mask cut density?")
+    elif shell and result.masked.randomised[shell] > 0.1:
+        logger.warning("the FSC of random phases is above 0.1 at the resolution: use a wider or softer mask")
+
+
+def _log_invented(test: SubstitutedFsc, frequency: Curve) -> None:
+    beyond = test.denoised_substituted[test.start :]
+    logger.info(
+        "beyond %.2f A: mean FSC %.3f denoised; with noise for signal %.3f denoised (invented; at most %.3f, at "
+        "%.2f A), %.3f not denoised",
+        1 / frequency[test.start],
+        test.denoised[test.start :].mean(),
+        beyond.mean(),
+        beyond.max(),
+        1 / frequency[test.start + beyond.argmax()],
+        test.substituted[test.start :].mean(),
+    )
+
+
+def _name(path: AnyPath) -> str:
+    return "standard input" if is_stream(path) else os.fspath(path)
+
+
+def _check_shape(name: str, volume: Volume, other_name: str, other: Volume) -> None:
+    if volume.shape != other.shape:
+        found, expected = (" x ".join(map(str, reversed(v.shape))) for v in (volume, other))
+        raise InputError(
+            f"{name}: {found} voxels (x, y, z), expected {expected} as in {other_name}; resample or crop one"
+        )
+
+
+def _common_voxel_size(names: tuple[str, str], size1: float, size2: float) -> float:
+    if size1 and size2 and abs(size1 - size2) > _VOXEL_TOLERANCE * max(size1, size2):
+        raise InputError(
+            f"{names[1]}: pixel size {size2:g} A, expected {size1:g} A as in {names[0]}; resample one map, "
+            "or give --angpix if a header is wrong"
+        )
+    return size1 or size2
+
+
+def _check_mask(name: str, mask: Floats) -> None:
+    low, high = float(mask.min()), float(mask.max())
+    if low < -_MASK_TOLERANCE or high > 1 + _MASK_TOLERANCE:
+        raise InputError(f"{name}: values from {low:g} to {high:g}, expected a mask from 0 to 1; rescale it")
+    if high <= 0:
+        raise InputError(f"{name}: 0 everywhere, expected a mask from 0 to 1; was the threshold too high?")
