@@ -229,11 +229,11 @@ def test_a_request_without_pixel_size(run, tmp_path):
     assert run(path, "--angpix", 3, "--low", 10).stdout == "0\n"
 
 
-def test_a_request_without_fsc(run):
-    done = run(REQUESTS / "class3d_box32_pad2" / "run" / "run_it002_class001_external_reconstruct.star")
-    assert done.exit_code == 1
-    assert "the FSC is zero in all shells" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_request_without_fsc_has_the_one_by_tau2_and_k(run):
+    star = REQUESTS / "class3d_box32_pad2" / "run" / "run_it002_class001_external_reconstruct.star"
+    done = run(star)
+    assert done.exit_code == 0
+    assert done.stdout == run("--resolution", 24).stdout
 
 
 def test_a_table_through_a_pipe(run):

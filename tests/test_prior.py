@@ -236,7 +236,7 @@ def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
     monkeypatch.setattr(prior, "REPORT", 2.0)
     monkeypatch.setattr(prior, "draw_experiment", lambda rng: Experiment(number=40, snr=0.5, angle=3.0))
     out = tmp_path / "tiny"
-    common = [MODEL, "-o", str(out), "--minutes", "0.2", "--box", "32", "--pixel-size", "5", "--crop", "16"]
+    common = [MODEL, "-o", str(out), "--minutes", "0.3", "--box", "32", "--pixel-size", "5", "--crop", "16"]
     common += ["--batch", "2", "--width", "2", "--full-precision", "--cpu"]
     first = CliRunner().invoke(train_prior, [*common, "--seconds", "8", "--copy", str(tmp_path / "copy")])
     assert first.exit_code == 0, first.output

@@ -274,15 +274,19 @@ def test_an_updater_takes_requests_together(project):
         assert 1 < answer.power_ratio < 1.1  # MAP pulls towards 0, the prior towards half of the map
 
 
-def test_class3d_takes_a_number(project):
+def test_class3d_by_the_estimated_fsc(project):
+    """Without a number for lambda: tau2 and K stand for the halves' FSC."""
     job = project(*CLASS3D)
     shape = job.expected("map").shape
     write_volume("flat.mrc", Volume(np.zeros(shape, np.float32), 3.0), label="test")
-    assert_refused(job.run(), "the FSC is zero in all shells (Class3D has no half-maps), so lambda cannot be derived")
+    assert job.run("--denoised", "flat.mrc").exit_code == 0
     assert job.run("--lambda", 0.4, "--denoised", "flat.mrc").exit_code == 0
-    (record,) = job.records()
+    by_itself, record = job.records()
+    assert by_itself["fsc"] == "estimated from tau2 and K"
+    assert by_itself["nominal_resolution"] == 24.0  # 0.89 in shell 4, 0.11 in shell 5, of 32 voxels of 3 A
+    assert by_itself["lambda"] == 0.0  # by the paper's line
+    assert by_itself["with_prior"] is None
     assert record["lambda"] == 0.4
-    assert record["nominal_resolution"] is None
     # A denoised map of nothing adds nothing.
     assert difference(read_volume(job.result).data, job.expected("map")) <= FLOAT32
 
@@ -578,12 +582,12 @@ def remove_table(job):
     Path(job.job).write_text(text[: text.index("data_external_reconstruct_tau2")])
 
 
-def no_fsc(job):
+def nothing_known(job):
     lines = Path(job.job).read_text().splitlines()
     rows = [line.split() for line in lines]
     for number, row in enumerate(rows):
         if len(row) == 3 and row[0].isdigit():
-            lines[number] = f"{row[0]} {row[1]} 0.0"
+            lines[number] = f"{row[0]} 0.0 0.0"
     Path(job.job).write_text("\n".join(lines) + "\n")
 
 
@@ -639,7 +643,7 @@ BROKEN = {
         remove_table,
         "no table of tau2, so a MAP reconstruction is impossible and lambda has no FSC (relion_reconstruct writes",
     ),
-    "no FSC": (no_fsc, "the FSC is zero in all shells (Class3D has no half-maps), so lambda cannot be derived from it"),
+    "no FSC and no tau2": (nothing_known, "FSC and tau2 are zero in all shells, so lambda cannot be derived from them"),
     "pixel size 0": (pixel_size_0, "_rlnPixelSize is 0.000000, expected angstroms; give it with --angpix"),
     "no pixel size": (without_models, "holds no pixel size (RELION 3.1 writes none), and there is no _model.star"),
     "odd box": (
@@ -707,7 +711,7 @@ def test_what_lambda_0_does_not_need_is_not_asked_for(project):
     job = project()
     Path("../model/model.keras").unlink()
     assert job.run("--lambda", 0).exit_code == 0
-    no_fsc(job)
+    nothing_known(job)
     assert job.run("--lambda", 0).exit_code == 0
 
 

@@ -13,9 +13,17 @@ import pytest
 
 from cryored.errors import InputError
 from cryored.files.mrc import read_array, read_volume
-from cryored.files.requests import read_request
+from cryored.files.requests import read_request, read_request_file
 from cryored.files.star import read_star
-from cryored.reconstruction.update import Accumulators, Denoised, check_accumulators, inverse_prior, reconstruct
+from cryored.reconstruction.sums import load_sums, with_fsc
+from cryored.reconstruction.update import (
+    Accumulators,
+    Denoised,
+    check_accumulators,
+    estimated_fsc,
+    inverse_prior,
+    reconstruct,
+)
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
 STARS = sorted(REQUESTS.glob("*/run/*_external_reconstruct.star"))
@@ -489,3 +497,31 @@ def test_sums_as_refinements_give_them():
     weight = 0 * ONES
     weight[0, 0, 0] = 1
     check_accumulators(Accumulators(-ONES, 0 * ONES, weight, 4, 1, 2), ("r", "i", "k"))
+
+
+# The FSC by tau2 and K
+
+
+@pytest.mark.parametrize("star", STARS, ids=lambda path: f"{path.parents[1].name}/{path.stem}")
+def test_the_estimated_fsc_is_what_relion_made_tau2_from(star, monkeypatch):
+    monkeypatch.chdir(star.parents[1])
+    request = read_request_file(str(star.relative_to(star.parents[1])), needs_pixel_size=False)
+    found = estimated_fsc(load_sums(request), request.tau2)
+    assert not found[request.r_max :].any()
+    if not request.fsc.any():
+        assert 0.8 < found[4] < 0.9 and found[6] < 0.01  # Class3D, whose reference had 24 A
+        return
+    # tau2 carries the fudge factor; that of joined halves is for the whole set.
+    fsc = np.clip(request.fsc, 0.001, 0.999)
+    ratio = request.tau2_fudge * fsc / (1 - fsc)
+    expected = ratio / (1 + ratio) if "half" in star.name else np.sqrt(2 * fsc / (1 + fsc))
+    np.testing.assert_allclose(found[1 : request.r_max], expected[1 : request.r_max], atol=2e-3)
+
+
+def test_with_fsc_asks_tau2_and_k_only_where_there_is_none(monkeypatch):
+    monkeypatch.chdir(REQUESTS / "class3d_box32_pad2")
+    request = read_request_file("run/run_it002_class001_external_reconstruct.star")
+    assert with_fsc(request).estimated
+    known = replace(request, fsc=np.full_like(request.fsc, 0.5), weight=Path("missing.mrc"))
+    assert with_fsc(known) is known
+    assert not with_fsc(replace(request, tau2=np.zeros_like(request.tau2))).estimated

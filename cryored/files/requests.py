@@ -53,6 +53,8 @@ class Request:
         As in the request, tau2 without the fudge factor and padding that eq. 11 needs.
     pixel_size : float
         In angstrom; 0 where nothing tells it, and nobody needs it.
+    estimated : bool
+        `fsc` is not RELION's, which has none without half-maps, but derived from tau2 and K.
     """
 
     star: Path
@@ -68,6 +70,7 @@ class Request:
     tau2: Shells
     fsc: Shells
     pixel_size: float
+    estimated: bool = False
 
     @property
     def array_shape(self) -> tuple[int, int, int]:
@@ -96,12 +99,13 @@ class Request:
         Raises
         ------
         InputError
-            The FSC is zero throughout, as in Class3D, which has no half-maps.
+            The FSC is zero throughout, as in Class3D, which has no half-maps, and tau2 is too, from which it is
+            estimated there.
         """
         if not self.fsc.any():
             raise InputError(
-                f"{self.star}: the FSC is zero in all shells (Class3D has no half-maps), so lambda cannot be derived "
-                "from it; give a number with --lambda"
+                f"{self.star}: FSC and tau2 are zero in all shells, so lambda cannot be derived from them; give a "
+                "number with --lambda"
             )
         return nominal_resolution(self.frequency, self.fsc)
 

@@ -126,11 +126,17 @@ def source_resolution(path: str, angpix: float | None = None) -> float:
     """
     from cryored.files.fsc_tables import read_fsc_table
     from cryored.files.output import is_stream
-    from cryored.files.requests import is_request, read_request_file
+    from cryored.files.requests import is_request, project_folder, read_request_file
     from cryored.maps.fsc import nominal_resolution
 
     if not is_stream(path) and is_request(path):
-        return read_request_file(path, angpix=angpix).nominal_resolution()
+        from cryored.reconstruction.sums import with_fsc
+
+        request = read_request_file(path, angpix=angpix)
+        if not request.fsc.any():
+            project = project_folder(Path(path))
+            request = with_fsc(read_request_file(os.path.relpath(path, project), folder=project, angpix=angpix))
+        return request.nominal_resolution()
     curve = read_fsc_table(path)
     return nominal_resolution(curve.frequency, curve.fsc)
 

@@ -25,7 +25,7 @@ from cryored.prior.denoiser import Denoiser, crossover, fade_out
 from cryored.prior.lambda_schedule import Schedule, model_schedule
 from cryored.prior.models import Model, check_weights, find_model
 from cryored.prior.weights import Calibration, ShellWeights, model_calibration, published_weights
-from cryored.reconstruction.sums import load_sums
+from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.reconstruction.update import Accumulators, Array, Denoised, inverse_prior, reconstruct
 
 logger = logging.getLogger(__name__)
@@ -372,6 +372,7 @@ def plan_outputs(
         "pixel_size": request.pixel_size,
         "padding": request.pad,
         "current_size": 2 * request.r_max,
+        "fsc": "estimated from tau2 and K" if request.estimated else "of the half-maps",
         "nominal_resolution": None if resolution is None or np.isinf(resolution) else round(resolution, 3),
         "lambda": round(lam, 4),
         "schedule": updater.schedule.source if settings.lam is None else None,
@@ -395,17 +396,17 @@ def plan_outputs(
 def is_joined(request: Request) -> bool:
     """Tell whether a request is of the joined halves, which RELION's auto-refine ends with."""
     iteration, half = parts_of(request.root)
-    return iteration is not None and half is None and bool(request.fsc.any())
+    return iteration is not None and half is None and not request.estimated and bool(request.fsc.any())
 
 
 def known_fsc(request: Request) -> Shells | None:
     """Return the FSC that half-maps as good as a request's map would have, in its shells; None where none is known.
 
-    That of the request for a half. The joined halves are better: RELION regularises them by the FSC that their sum has
-    to the truth, sqrt(2 FSC / (1 + FSC)).
+    That of the request for a half, and the estimate for a class. The joined halves are better: RELION regularises them
+    by the FSC that their sum has to the truth, sqrt(2 FSC / (1 + FSC)).
     """
     if not request.fsc.any():
-        return None  # the first iteration, Class3D
+        return None  # nothing is resolved
     return np.sqrt(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
 
 
@@ -459,6 +460,7 @@ def red_update_file(
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):
         request = read_request_file(job, angpix=angpix, needs_pixel_size=settings.lam != 0)
+        request = with_fsc(request, settings.threads)
         found = find_model(model)
         updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
         outputs = plan_outputs(

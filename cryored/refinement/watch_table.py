@@ -54,6 +54,8 @@ class Entry:
         Where the network ran.
     error : str
         Why it failed, else empty.
+    estimated : bool
+        The resolution is not by half-maps, which a class has not, but by tau2 and K.
     """
 
     name: str
@@ -65,6 +67,12 @@ class Entry:
     change: float
     device: str
     error: str = ""
+    estimated: bool = False
+
+    @property
+    def _is_class(self) -> bool:
+        """Whether there are no half-maps: only Class3D asks without an FSC."""
+        return self.half is None and (self.resolution is None or self.estimated)
 
     @property
     def part(self) -> str:
@@ -72,13 +80,12 @@ class Entry:
         parts = dict(_PART.findall(self.name))
         if "body" in parts:
             return f"body {parts['body']}"
-        classes = self.half is None and self.resolution is None  # only Class3D asks without an FSC
-        return f"class {parts['class']}" if classes and "class" in parts else ""
+        return f"class {parts['class']}" if self._is_class and "class" in parts else ""
 
     @property
     def label(self) -> str:
         """Which of an iteration's maps it is: "half 1", "half 2 body 1", "joined", "class 2"."""
-        joined = "" if self.resolution is None else "joined"
+        joined = "" if self._is_class else "joined"
         return f"{joined if self.half is None else f'half {self.half}'} {self.part}".strip()
 
 

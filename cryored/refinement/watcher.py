@@ -19,7 +19,7 @@ from cryored.files.output import check_target
 from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
-from cryored.reconstruction.sums import load_sums
+from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.refinement.mailbox import Inbox, Presence
 from cryored.refinement.red_update import (
     DENOISED,
@@ -158,6 +158,7 @@ class Server:
                         logger.warning("%s: %s lies outside %s: declined", order.star, outside, self._folder)
                         order.declined(f"{outside} lies outside {self._folder}, which is what the watcher serves")
                         continue
+                    request = with_fsc(request, self._updater.settings.threads)
                     outputs = plan_outputs(
                         order.star,
                         request,
@@ -198,6 +199,7 @@ class Server:
             seconds,
             answer.change,
             str(record["device"]),
+            estimated=maps.request.estimated,
         )
         return entry, maps, answer
 
