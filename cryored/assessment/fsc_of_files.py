@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cryored.assessment.noise_substitution import substituted_volumes
 from cryored.errors import InputError
+from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume
 from cryored.files.output import is_stream
 from cryored.maps.fsc import Curve, FscResult, SubstitutedFsc, last_above, masked_correlation, shell_correlation
@@ -118,6 +119,22 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
     _warn_of_doubtful(names, first, second)
     mask_name = None if options.mask is None else _name(options.mask)
     return FscResult(names, mask_name, max(first.shape), voxel_size, unmasked, masked, substituted)
+
+
+def fsc_job(folder: AnyPath, options: FscOptions = FscOptions()) -> FscResult:
+    """Compare the unfiltered half-maps of a RELION job; its mask and pixel size stand in for those not given.
+
+    Raises
+    ------
+    InputError
+        As `fsc_files`; the folder is no job's, or holds no half-maps (yet).
+    """
+    job = read_job(os.fspath(folder))
+    halves = job.need_halves()
+    mask = job.mask if options.mask is None else options.mask
+    angpix = job.pixel_size if options.angpix is None else options.angpix
+    logger.info("%s and %s, %s", *halves, "no mask" if mask is None else f"mask {mask}")
+    return fsc_files(*halves, replace(options, mask=mask, angpix=angpix))
 
 
 def _check_maps(names: tuple[str, str], first: Volume, second: Volume) -> float:

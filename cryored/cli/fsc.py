@@ -14,14 +14,15 @@ from cryored.cli import options
     "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
     "      --mask mask.mrc --xml fsc.xml --plot fsc.png > fsc.tsv\n"
     "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
-    "      --mask mask.mrc --resolution-only\n\n"
+    "      --mask mask.mrc --resolution-only\n"
+    "  cryored fsc Refine3D/job012 > fsc.tsv\n\n"
     "What the prior invents beyond 6 A, from the same half-maps:\n\n"
     "\b\n"
     "  cryored fsc run_half1_class001_unfil.mrc run_half2_class001_unfil.mrc \\\n"
     "      --substitute-noise 6 --plot invented.png > invented.tsv",
 )
 @click.argument("map1", type=options.PATH)
-@click.argument("map2", type=options.PATH)
+@click.argument("map2", type=options.PATH, required=False)
 @click.option("--mask", type=options.PATH, metavar="FILE.mrc", help="Mask from 0 to 1, in the same box.")
 @options.angpix
 @click.option(
@@ -57,7 +58,7 @@ from cryored.cli import options
 @options.common
 def fsc(
     map1: str,
-    map2: str,
+    map2: str | None,
     mask: str | None,
     angpix: float | None,
     threshold: float,
@@ -75,6 +76,9 @@ def fsc(
 ) -> None:
     """Compare MAP1 and MAP2 by Fourier shell correlation (FSC).
 
+    MAP1 alone may be the folder of a RELION job (Refine3D, PostProcess), whose unfiltered half-maps, mask and pixel
+    size are then taken.
+
     Prints a line for each shell: shell, frequency (1/angstrom), resolution (angstrom) and fsc; with --mask
     also fsc_masked, fsc_randomised (the part that the mask makes) and fsc_corrected (without that part). The
     numbers are those of relion_postprocess. The resolution is that of the last shell before the curve (the
@@ -85,7 +89,11 @@ def fsc(
 
     MAP1, MAP2 or the mask may be "-" for standard input, and --star or --xml "-" for standard output.
     """
+    from cryored.files.jobs import is_job
     from cryored.files.output import STREAM, check_target, write_text
+
+    if map2 is None and not is_job(map1):
+        raise click.UsageError("give MAP2 too, or the folder of a RELION job alone.")
 
     if [map1, map2, mask].count(STREAM) > 1:
         raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")
@@ -93,18 +101,18 @@ def fsc(
         raise click.UsageError("--resolution-only, --star - and --xml - all print: choose one.")
     if plot == STREAM:
         raise click.UsageError("--plot needs the name of a file.")
-    if randomise_from is not None and mask is None:
+    if randomise_from is not None and mask is None and map2 is not None:
         raise click.UsageError("--randomise-from has no meaning without --mask.")
     for target in (star, xml, plot):
         if target is not None and target != STREAM:
             check_target(target, overwrite)
 
-    from cryored.assessment.fsc_of_files import FscOptions, fsc_files, log_summary
+    from cryored.assessment.fsc_of_files import FscOptions, fsc_files, fsc_job, log_summary
     from cryored.files.fsc_tables import draw_fsc, format_tsv, format_xml, star_blocks
     from cryored.files.star import write_star
 
     chosen = FscOptions(mask, angpix, randomise_from, substitute_noise, model, gpu, seed, threads)
-    result = fsc_files(map1, map2, chosen)
+    result = fsc_job(map1, chosen) if map2 is None else fsc_files(map1, map2, chosen)
     log_summary(result, threshold)
     if star is not None:
         write_star(star, star_blocks(result, threshold))

@@ -75,7 +75,8 @@ def lambda_schedule(
 ) -> None:
     """Print lambda, the weight of the prior, as one number; or fit it with --fit.
 
-    TABLE is an FSC table (of `cryored fsc`, RELION STAR, EMDB XML, "-" for a pipe) or one of RELION's requests;
+    TABLE is an FSC table (of `cryored fsc`, RELION STAR, EMDB XML, "-" for a pipe), one of RELION's requests, or the
+    folder of a RELION job, such as Refine3D/job012, whose latest half-map FSC is taken;
     its nominal resolution is where the FSC falls below 0.143. The schedule is that of --model, which red-update
     --lambda auto follows; --low and --high give the paper's line between them.
 

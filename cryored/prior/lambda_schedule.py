@@ -6,6 +6,7 @@ Where a schedule comes from: the paper's line, a file, or the card of a model fo
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import numpy as np
 
 from cryored.errors import InputError
 from cryored.prior.models import CARD, Model
+
+logger = logging.getLogger(__name__)
 
 LOW, HIGH = 10.0, 4.5  # angstrom: the prior is off at LOW and worse, fully trusted at HIGH and better
 
@@ -120,15 +123,20 @@ def source_resolution(path: str, angpix: float | None = None) -> float:
     Parameters
     ----------
     path : str
-        TSV, STAR or EMDB XML as `read_fsc_table` reads them, ``-``, or a RELION request.
+        TSV, STAR or EMDB XML as `read_fsc_table` reads them, ``-``, a RELION request, or the folder of a job, whose
+        latest half-map FSC is taken.
     angpix : float, optional
         For a request that lacks the pixel size.
     """
     from cryored.files.fsc_tables import read_fsc_table
+    from cryored.files.jobs import is_job, read_job
     from cryored.files.output import is_stream
     from cryored.files.requests import is_request, project_folder, read_request_file
     from cryored.maps.fsc import nominal_resolution
 
+    if is_job(path):
+        path = str(read_job(path).need_fsc())
+        logger.info("FSC of %s", path)
     if not is_stream(path) and is_request(path):
         from cryored.reconstruction.sums import with_fsc
 

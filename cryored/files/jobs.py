@@ -1,0 +1,204 @@
+"""A RELION job's folder as an input: what lies in it, whichever kind of job and version (3.1 to 5) made it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryored.errors import InputError
+from cryored.files.star import Star, read_star
+
+_ITERATION = re.compile(r"_it(\d+)_")
+_SUCCESS, _ENDS = "RELION_JOB_EXIT_SUCCESS", ("RELION_JOB_EXIT_FAILURE", "RELION_JOB_EXIT_ABORTED")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job's folder holds; None stands for what it has not.
+
+    Parameters
+    ----------
+    folder : Path
+    halves : (Path, Path) or None
+        The unfiltered half-maps: of a converged auto-refine, and those that a PostProcess job was made from.
+    map : Path or None
+        The final map, or that of the last iteration.
+    mask : Path or None
+        The solvent mask that the job used or made.
+    pixel_size : float or None
+        In angstrom.
+    fsc : Path or None
+        STAR file with the latest half-map FSC.
+    iteration : int or None
+        The last one that is complete; None in other jobs than refinements.
+    end : Path or None
+        The file that says that the job has ended.
+    """
+
+    folder: Path
+    halves: tuple[Path, Path] | None = None
+    map: Path | None = None
+    mask: Path | None = None
+    pixel_size: float | None = None
+    fsc: Path | None = None
+    iteration: int | None = None
+    end: Path | None = None
+
+    def need_halves(self) -> tuple[Path, Path]:
+        """Return the unfiltered half-maps; raise `InputError` where there are none yet."""
+        if self.halves is None:
+            raise InputError(f"{self.folder}: no unfiltered half-maps (run_half1_class001_unfil.mrc), {self._reason()}")
+        return self.halves
+
+    def need_fsc(self) -> Path:
+        """Return the file of the half-map FSC; raise `InputError` where there is none."""
+        if self.fsc is None:
+            raise InputError(f"{self.folder}: no half-map FSC (a _model.star or postprocess.star), {self._reason()}")
+        return self.fsc
+
+    def _reason(self) -> str:
+        if self.iteration is None:
+            return "expected the folder of an auto-refine or PostProcess job, such as Refine3D/job012"
+        if self.end is None:
+            return f"RELION writes them when the run has converged, and it is at iteration {self.iteration}"
+        return "as in Class3D, which has no halves"
+
+
+def is_job(path: str) -> bool:
+    """Tell whether a path stands for a job: a folder."""
+    return path != "-" and Path(path).is_dir()
+
+
+def read_job(path: str | Path) -> Job:
+    """Find what a job's folder holds.
+
+    Parameters
+    ----------
+    path : path
+        Such as ``Refine3D/job012``, seen from anywhere.
+
+    Raises
+    ------
+    InputError
+        It is none of RELION's folders.
+    """
+    folder = Path(path)
+    for kind in (_postprocess, _refinement, _mask):
+        found = kind(folder)
+        if found is not None:
+            return found
+    raise InputError(
+        f"{folder}: no job of RELION's, expected the folder of a Refine3D, Class3D, PostProcess or MaskCreate job: one "
+        "with a run_..._optimiser.star, postprocess.star or mask.mrc"
+    )
+
+
+def _postprocess(folder: Path) -> Job | None:
+    path = folder / "postprocess.star"
+    if not path.is_file():
+        return None
+    star = read_star(path)
+    names = [star.find_text("general", f"rlnUnfilteredMapHalf{half}") for half in (1, 2)]
+    halves = tuple(_seen_from(folder, name) for name in names)
+    mask = _seen_from(folder, star.find_text("general", "rlnMaskName"))
+    return Job(
+        folder,
+        halves=(halves[0], halves[1]) if halves[0] and halves[1] else None,
+        map=_existing(folder / "postprocess.mrc"),
+        mask=mask,
+        pixel_size=_number(_option(folder, "angpix")),
+        fsc=path,
+        end=path,
+    )
+
+
+def _refinement(folder: Path) -> Job | None:
+    optimisers = sorted(folder.glob("run_*it*_optimiser.star"), key=_iteration)
+    final = _existing(folder / "run_optimiser.star")
+    if not optimisers and final is None and not (folder / "run_half1_class001_unfil.mrc").exists():
+        return None
+    latest = optimisers[-1] if optimisers else final
+    iteration = None if latest is None else _iteration(latest)
+    stem = "" if latest is None else str(latest).removesuffix("_optimiser.star")
+    models = (folder / "run_model.star", Path(f"{stem}_half1_model.star"), Path(f"{stem}_model.star"))
+    model = next((one for one in models if one.is_file()), None)
+    halves = folder / "run_half1_class001_unfil.mrc", folder / "run_half2_class001_unfil.mrc"
+    maps = (folder / "run_class001.mrc", Path(f"{stem}_class001.mrc"), Path(f"{stem}_half1_class001.mrc"))
+    star = None if latest is None else read_star(latest)
+    mask = None if star is None else star.find_text("optimiser_general", "rlnSolventMaskName")
+    split = star is None or star.find_text("optimiser_general", "rlnDoSplitRandomHalves") != "0"
+    size = None if model is None else read_star(model).find_text("model_general", "rlnPixelSize")
+    return Job(
+        folder,
+        halves=halves if all(half.is_file() for half in halves) else None,
+        map=next((one for one in maps if one.is_file()), None),
+        mask=_seen_from(folder, mask),
+        pixel_size=_number(size),
+        fsc=model if split else None,
+        iteration=iteration,
+        end=_end(folder, star),
+    )
+
+
+def _mask(folder: Path) -> Job | None:
+    path = folder / "mask.mrc"
+    return Job(folder, mask=path, end=path) if path.is_file() else None
+
+
+def _end(folder: Path, star: Star | None) -> Path | None:
+    """Return the file by which a refinement has ended; the pipeline's, or what RELION writes last."""
+    for name in (_SUCCESS, *_ENDS):
+        if (folder / name).exists():
+            return folder / name
+    final = folder / "run_data.star"  # auto-refine has one without an iteration, of the joined halves
+    if final.is_file() and (folder / "run_class001.mrc").is_file():
+        return final
+    if star is None:
+        return None
+    done, asked = (
+        _number(star.find_text("optimiser_general", f"rln{name}"))
+        for name in ("CurrentIteration", "NumberOfIterations")
+    )
+    split = star.find_text("optimiser_general", "rlnDoSplitRandomHalves") != "0"
+    return Path(star.name) if not split and done is not None and done == asked else None
+
+
+def _option(folder: Path, name: str) -> str | None:
+    """Return a choice of the GUI's, from the job.star of RELION 3.1 and later."""
+    path = folder / "job.star"
+    if not path.is_file():
+        return None
+    star = read_star(path)
+    if not star.has_column("joboptions_values", "rlnJobOptionVariable"):
+        return None
+    names = star.texts("joboptions_values", "rlnJobOptionVariable")
+    values = star.texts("joboptions_values", "rlnJobOptionValue")
+    return dict(zip(names, values, strict=True)).get(name)
+
+
+def _seen_from(folder: Path, name: str | None) -> Path | None:
+    """Return a file that RELION names from its project folder, which is one of those above."""
+    if name is None or name in ("", "None"):
+        return None
+    for project in (*folder.resolve().parents, Path()):
+        if (project / name).is_file():
+            return Path() / name if (project == Path.cwd()) else project / name
+    return None
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _iteration(path: Path) -> int:
+    match = _ITERATION.search(path.name)
+    return int(match.group(1)) if match else 0
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if value > 0 else None
