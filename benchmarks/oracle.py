@@ -20,7 +20,7 @@ from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import DEFAULT_MODEL, find_model
 from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import reconstruct
-from cryored.refinement.red_update import Settings, Updater, is_joined
+from cryored.refinement.updater import Settings, Updater, is_joined
 
 
 def answer(truth_path: str, job: str) -> None:

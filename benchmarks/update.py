@@ -29,7 +29,8 @@ ROOT = "run_it001_half1_class001_external_reconstruct"
 OURS = """
 import json, resource, sys, time
 from cryored.prior.models import DEFAULT_MODEL
-from cryored.refinement.red_update import Settings, red_update_file
+from cryored.refinement.red_update import red_update_file
+from cryored.refinement.updater import Settings
 begin = time.perf_counter()
 red_update_file(sys.argv[1], Settings(lam=0.0), model=DEFAULT_MODEL)
 seconds = time.perf_counter() - begin

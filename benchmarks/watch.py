@@ -107,7 +107,7 @@ def bare(folder: Path, lam: float, model: str) -> Callable[[], float]:
     """Return a function that does the work of both halves in this process, and says how long it took."""
     from cryored.prior.denoiser import Denoiser
     from cryored.prior.models import find_model
-    from cryored.refinement.red_update import Settings, Updater
+    from cryored.refinement.updater import Settings, Updater
     from cryored.refinement.watcher import Server
 
     server = Server(folder, Updater(Settings(lam=lam), Denoiser(find_model(model))))

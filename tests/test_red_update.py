@@ -28,7 +28,7 @@ from cryored.files.star import read_star
 from cryored.maps.volume import Volume
 from cryored.prior.lambda_schedule import Schedule
 from cryored.reconstruction.update import Accumulators, Denoised, inverse_prior, reconstruct
-from cryored.refinement.red_update import Settings, Updater
+from cryored.refinement.updater import Settings, Updater
 
 REPOSITORY = Path(__file__).parents[1]
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"

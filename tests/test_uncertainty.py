@@ -22,7 +22,7 @@ from cryored.maps.volume import Volume, soft_sphere
 from cryored.prior.denoiser import Denoiser, predict_tiled
 from cryored.prior.models import ModelCard, check_uncertainty, find_model, load_network, save_model, write_card
 from cryored.prior.network import build_unet, condition
-from cryored.refinement.red_update import known_fsc
+from cryored.refinement.updater import known_fsc
 
 pytestmark = pytest.mark.filterwarnings(
     # Keras asks TensorFlow's variables for numpy arrays in the way of numpy 1.

@@ -21,7 +21,7 @@ from cryored.prior import device
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import ModelCard, find_model, save_model
 from cryored.prior.network import build_unet
-from cryored.refinement.red_update import Settings, Updater
+from cryored.refinement.updater import Settings, Updater
 from cryored.refinement.watcher import Poll, Server
 
 REPOSITORY = Path(__file__).parents[1]

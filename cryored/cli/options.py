@@ -12,7 +12,7 @@ import click
 from cryored.prior.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from cryored.refinement.red_update import Settings
+    from cryored.refinement.updater import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -216,7 +216,7 @@ def settings(
         raise click.UsageError("--trust is for the calibrated weights of --lambda auto; eq. 17 knows none.")
 
     from cryored.prior.lambda_schedule import Schedule, read_schedule
-    from cryored.refinement.red_update import Settings
+    from cryored.refinement.updater import Settings
 
     followed = None if schedule is None else read_schedule(schedule)
     return Settings(

@@ -1,4 +1,4 @@
-"""Answer one of RELION's reconstruction requests with the MAP or the CW-RED update."""
+"""Answer one of RELION's reconstruction requests: from its files to its result and its log."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,239 +16,17 @@ from cryored import __version__
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_target
-from cryored.files.requests import Request, Shells, parts_of, read_request_file
-from cryored.maps.fsc import whole_set_fsc
+from cryored.files.requests import Request, Shells, read_request_file
 from cryored.maps.volume import Volume
-from cryored.prior.denoiser import Denoiser, crossover, fade_out
-from cryored.prior.lambda_schedule import Schedule, model_schedule
-from cryored.prior.models import Model, check_weights, find_model
-from cryored.prior.weights import Calibration, ShellWeights, model_calibration, published_weights
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import check_weights, find_model
 from cryored.reconstruction.sums import load_sums, with_fsc
-from cryored.reconstruction.update import Accumulators, Array, Denoised, inverse_prior, reconstruct
+from cryored.refinement.updater import Answer, Maps, Settings, Updater, is_joined, timed
 
 logger = logging.getLogger(__name__)
 
 ROOT = "{root}"  # in the name of a file to write
 DENOISED = "_denoised.mrc"  # ending of the map with the prior where RELION gets the one without
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How requests are to be answered.
-
-    Parameters
-    ----------
-    lam : float, optional
-        Weight of the prior in eq. 17, 0 to 1; None derives it from the request's FSC.
-    schedule : Schedule, optional
-        By which lambda follows the resolution, in eq. 17. None stands for the model's own (`model_schedule`) and its
-        calibrated weights (`model_calibration`), if it has these.
-    trust : float
-        Factor of the calibrated precision.
-    final : {"map", "prior"}
-        What RELION gets for the joined halves, in its last iteration: with "map" the map without the prior, and the
-        one with it lies beside that.
-    extrapolate : bool
-        Let the prior fill what the data do not reach (see `Denoised`).
-    prior_limit : float, optional
-        Resolution in angstrom beyond which the prior has no weight, so that what is seen there owes it nothing.
-    threads : int, optional
-    """
-
-    lam: float | None = None
-    schedule: Schedule | None = None
-    trust: float = 1.0
-    final: Literal["map", "prior"] = "map"
-    extrapolate: bool = False
-    prior_limit: float | None = None
-    threads: int | None = None
-
-
-@dataclass
-class Maps:
-    """The maps of a request on its way through an `Updater`, and how long they took.
-
-    Parameters
-    ----------
-    request : Request
-    sums : Accumulators
-    lam : float
-    resolution : float or None
-        Nominal, in angstrom; None where the request has no FSC.
-    regularised : Volume
-        The MAP map.
-    unregularised : Volume or None
-        B / K, where it was asked for or the model needs it.
-    denoised : Volume or None
-        Where lambda is not 0.
-    seconds : dict
-        Wall time of each step; what maps share is counted for each of them.
-    """
-
-    request: Request
-    sums: Accumulators
-    lam: float
-    resolution: float | None
-    regularised: Volume
-    unregularised: Volume | None = None
-    denoised: Volume | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The map that a request asked for, and how it compares with the MAP map.
-
-    Parameters
-    ----------
-    result : Volume
-    power_ratio : float
-        Variance of the result over that of the MAP map.
-    change : float
-        Relative L2 difference of the result to the MAP map.
-    """
-
-    result: Volume
-    power_ratio: float
-    change: float
-
-
-class Updater:
-    """Answers requests with one model, which stays loaded from one request to the next: arrays in, arrays out.
-
-    The steps are `begin`, `denoise` (any number of requests together) and `finish`.
-
-    Parameters
-    ----------
-    settings : Settings
-    denoiser : Denoiser
-        Not touched while lambda is 0.
-    """
-
-    def __init__(self, settings: Settings, denoiser: Denoiser) -> None:
-        self.settings = settings
-        self.denoiser = denoiser
-
-    @property
-    def model(self) -> Model:
-        """The prior."""
-        return self.denoiser.model
-
-    @property
-    def schedule(self) -> Schedule:
-        """What lambda follows unless it is given as a number."""
-        return self.settings.schedule or model_schedule(self.model)
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What weighs the denoised map; None stands for eq. 17."""
-        if self.settings.lam is not None or self.settings.schedule is not None:
-            return None
-        return model_calibration(self.model)
-
-    @property
-    def rule(self) -> str:
-        """Where the weights come from, in words."""
-        if self.settings.lam is not None:
-            return "eq. 17"
-        calibration = self.calibration
-        if calibration is None:
-            return f"eq. 17, lambda by {self.schedule.source}"
-        return f"calibrated in {calibration.source}"
-
-    def weight(self, request: Request) -> tuple[float, float | None]:
-        """Return lambda and the nominal resolution of a request."""
-        lam = self.settings.lam
-        if lam is not None:
-            known = request.pixel_size > 0 and request.fsc.any()
-            return lam, request.nominal_resolution() if known else None
-        resolution = request.nominal_resolution()
-        return self.schedule(resolution), resolution
-
-    def begin(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Maps:
-        """Reconstruct the MAP map, and the unregularised one where the model sees that.
-
-        Parameters
-        ----------
-        denoised : Volume, optional
-            Stands in for the network's output.
-        """
-        lam, resolution = self.weight(request)
-        seconds: dict[str, float] = {}
-        with timed(seconds, "map"):
-            data = reconstruct(sums, prior=self._prior(request), threads=self.settings.threads)
-        maps = Maps(request, sums, lam, resolution, Volume(data, request.pixel_size), seconds=seconds)
-        if lam > 0:
-            maps.denoised = denoised
-            if denoised is None and self.model.card.input == "unregularised":
-                self.add_unregularised(maps)
-        return maps
-
-    def add_unregularised(self, maps: Maps) -> Volume:
-        """Reconstruct B / K, unless it is there already."""
-        if maps.unregularised is None:
-            with timed(maps.seconds, "unregularised"):
-                data = reconstruct(maps.sums, threads=self.settings.threads)
-            maps.unregularised = maps.regularised.with_data(data)
-        return maps.unregularised
-
-    def denoise(self, several: Sequence[Maps]) -> None:
-        """Send the maps of one or more requests through the network, in one call, where they need it."""
-        left = [maps for maps in several if maps.lam > 0 and maps.denoised is None]
-        if not left:
-            return
-        seconds: dict[str, float] = {}
-        with timed(seconds, "load"):
-            self.denoiser.load()
-        with timed(seconds, "network"):
-            raw = self.model.card.input == "unregularised"
-            denoised = self.denoiser.denoise_all(
-                [self.add_unregularised(maps) if raw else maps.regularised for maps in left],
-                [known_fsc(maps.request) for maps in left],
-            )
-        for maps, volume in zip(left, denoised, strict=True):
-            maps.denoised = volume
-            maps.seconds |= seconds
-
-    def finish(self, maps: Maps) -> Answer:
-        """Reconstruct the request's map."""
-        request, regularised = maps.request, maps.regularised
-        if maps.denoised is None:
-            return Answer(regularised, 1.0, 0.0)
-        weights = self.shell_weights(request, maps.lam)
-        source = Denoised(maps.denoised.data, weights.gain, self.settings.extrapolate, weights.precision)
-        with timed(maps.seconds, "update"):
-            data = reconstruct(maps.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
-        return Answer(regularised.with_data(data), *_compare(data, regularised.data))
-
-    def shell_weights(self, request: Request, lam: float) -> ShellWeights:
-        """Return what the update takes of the denoised map in each shell.
-
-        Parameters
-        ----------
-        lam : float
-            Of eq. 17, or the share of the calibrated weights.
-        """
-        if lam == 0:
-            return published_weights(np.zeros_like(request.fsc))
-        strength = lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
-        if self.settings.prior_limit is not None:
-            strength = strength * fade_out(request.frequency, 1 / self.settings.prior_limit)
-        calibration = self.calibration
-        if calibration is None:
-            return published_weights(strength)
-        fsc = known_fsc(request)
-        return calibration(request.fsc if fsc is None else fsc, strength, self.settings.trust)
-
-    def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
-        """Do all the steps for one request."""
-        maps = self.begin(request, sums, denoised=denoised)
-        self.denoise([maps])
-        return self.finish(maps)
-
-    @staticmethod
-    def _prior(request: Request) -> Shells:
-        return inverse_prior(request.tau2, request.tau2_fudge, request.pad)
 
 
 @dataclass
@@ -393,23 +169,6 @@ def plan_outputs(
     return Outputs(request, target, output is None, unregularised, clean, record, beside)
 
 
-def is_joined(request: Request) -> bool:
-    """Tell whether a request is of the joined halves, which RELION's auto-refine ends with."""
-    iteration, half = parts_of(request.root)
-    return iteration is not None and half is None and not request.estimated and bool(request.fsc.any())
-
-
-def known_fsc(request: Request) -> Shells | None:
-    """Return the FSC that half-maps as good as a request's map would have, in its shells; None where none is known.
-
-    That of the request for a half, and the estimate for a class. The joined halves are better: RELION regularises them
-    by the FSC that their sum has to the truth, sqrt(2 FSC / (1 + FSC)).
-    """
-    if not request.fsc.any():
-        return None  # nothing is resolved
-    return np.sqrt(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
-
-
 def _rounded(values: Shells) -> list[float]:
     return [round(float(value), 3) for value in values]
 
@@ -504,26 +263,3 @@ def _append_log(path: Path, record: dict[str, Any]) -> None:
     except OSError as error:
         # The result is in place: a refinement shall not die of its log.
         logger.warning("%s: the log cannot be written: %s", path, error.strerror)
-
-
-def _compare(result: Array, reference: Array) -> tuple[float, float]:
-    """Return the ratio of the variances, and the relative L2 difference."""
-    variance = _variance(reference)
-    ratio = _variance(result) / variance if variance > 0 else 1.0
-    norm = np.linalg.norm(reference.ravel())
-    return ratio, float(np.linalg.norm((result - reference).ravel()) / norm) if norm > 0 else 0.0
-
-
-def _variance(data: Array) -> float:
-    # Plane by plane: numpy would make a float64 copy of the whole volume.
-    planes = [(float(plane.sum(dtype=np.float64)), float(np.vdot(plane, plane))) for plane in data]
-    total, squares = (sum(item) for item in zip(*planes, strict=True))
-    return squares / data.size - (total / data.size) ** 2
-
-
-@contextmanager
-def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Note how long the block took, in seconds."""
-    begin = time.monotonic()
-    yield
-    seconds[step] = time.monotonic() - begin

@@ -21,17 +21,8 @@ from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
 from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.refinement.mailbox import Inbox, Presence
-from cryored.refinement.red_update import (
-    DENOISED,
-    ROOT,
-    Answer,
-    Maps,
-    Outputs,
-    Settings,
-    Updater,
-    plan_outputs,
-    timed,
-)
+from cryored.refinement.red_update import DENOISED, ROOT, Outputs, plan_outputs
+from cryored.refinement.updater import Answer, Maps, Settings, Updater, timed
 from cryored.refinement.watch_table import Entry, Table
 
 if TYPE_CHECKING:
