@@ -145,4 +145,4 @@ def test_another_folder(project):
     assert "no job of RELION's, expected the folder of a Refine3D, Class3D, PostProcess or MaskCreate" in done.stderr
     done = CliRunner().invoke(cli, ["fsc", "one.mrc"])
     assert done.exit_code == 2
-    assert "give MAP2 too" in done.stderr
+    assert "the folder of a RELION job alone" in done.stderr

@@ -21,6 +21,7 @@ from cryored.prior import device
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import ModelCard, find_model, save_model
 from cryored.prior.network import build_unet
+from cryored.refinement.red_update import AS_ASKED, Files
 from cryored.refinement.updater import Settings, Updater
 from cryored.refinement.watcher import Poll, Server
 
@@ -87,9 +88,9 @@ class Order:
         self.said.append(f"declined {message}")
 
 
-def server(lam=0.0, model="cwred", **options):
+def server(lam=0.0, model="cwred", files=AS_ASKED, **options):
     updater = Updater(Settings(lam=lam), Denoiser(find_model(model), gpu=False))
-    return Server(Path("run"), updater, **options)
+    return Server(Path("run"), updater, files, **options)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7])
@@ -199,7 +200,7 @@ def test_nothing_outside_the_folder_is_touched(project, tmp_path, kind):
         request.write_text(request.read_text().replace(str(weight), str(victim)))
     before = victim.read_bytes()
     order = Order(star(HALVES[0]))
-    server(clean=kind == "clean").serve([order])
+    server(files=Files(clean=kind == "clean")).serve([order])
     assert order.said[-1].startswith("declined ")
     assert f"lies outside {project / 'run'}" in order.said[-1]
     assert victim.read_bytes() == before

@@ -100,8 +100,19 @@ def test_head_failures_and_requests(path):
     assert "<li>run_it010_half2_class001: weight.mrc: &lt;nan&gt;, expected numbers &amp; no more</li>" in text
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr[^>]*>(<td>run_.*?)</tr>", text)]
     assert len(rows) == 22
-    assert rows[1] == ["run_it001_half1_class001", "none", "0.050", "", "0.12", "0.25", *[""] * 5, "1.00", "CPU"]
-    assert rows[20] == ["run_it010_half2_class001", "8.00", "", "", "0.12", "0.25", *[""] * 5, "failed", "CPU"]
+    assert rows[1] == [
+        "run_it001_half1_class001",
+        "none",
+        "0.050",
+        "",
+        "0.12",
+        "0.25",
+        *[""] * 5,
+        "1.00",
+        "1.000",
+        "CPU",
+    ]
+    assert rows[20] == ["run_it010_half2_class001", "8.00", "", "", "0.12", "0.25", *[""] * 5, "failed", "", "CPU"]
     assert "must not be quoted" in text
 
 

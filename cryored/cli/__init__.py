@@ -21,6 +21,7 @@ COMMANDS = {
     "fsc": "Compare two maps by Fourier shell correlation.",
     "lambda-schedule": "Derive the weight of the prior from a resolution.",
     "watch": "Serve the requests of a running refinement with the model resident.",
+    "report": "Make the report of a refinement from its logs.",
     "relion-path": "Print the folder that makes RELION 5's Blush check box use cryored.",
 }
 

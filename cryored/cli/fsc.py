@@ -93,7 +93,7 @@ def fsc(
     from cryored.files.output import STREAM, check_target, write_text
 
     if map2 is None and not is_job(map1):
-        raise click.UsageError("give MAP2 too, or the folder of a RELION job alone.")
+        raise click.UsageError("Missing argument 'MAP2': give it, or the folder of a RELION job alone.")
 
     if [map1, map2, mask].count(STREAM) > 1:
         raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")

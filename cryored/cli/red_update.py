@@ -70,22 +70,11 @@ def red_update(
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
-    from cryored.refinement.red_update import red_update_file
+    from cryored.refinement.red_update import Files, red_update_file
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
-    record = red_update_file(
-        job,
-        settings,
-        model=model,
-        angpix=angpix,
-        output=output,
-        unregularised=unregularised,
-        denoised=denoised,
-        check=check,
-        clean=clean,
-        gpu=gpu,
-        overwrite=overwrite,
-    )
+    files = Files(angpix, output, unregularised, denoised, clean, overwrite)
+    record = red_update_file(job, settings, files, model=model, check=check, gpu=gpu)
     if check:
         click.echo(json.dumps(record, indent=2))
     else:

@@ -31,7 +31,13 @@ from cryored.cli.progress import terminal
     help="Answer each request that has no result yet, though nobody handed it over: for other wiring than "
     "cryored-external-reconstruct.",
 )
-@click.option("--report", type=options.PATH, metavar="FILE.html", help="Keep a report up to date.")
+@click.option(
+    "--report",
+    type=options.PATH,
+    metavar="FILE.html",
+    help="Keep a report up to date; one that is there is continued. `cryored report` makes it afterwards.",
+)
+@click.option("--until-done", is_flag=True, help="End when RELION has ended the run.")
 @options.device
 @options.threads
 @options.overwrite
@@ -50,6 +56,7 @@ def watch(
     unregularised: str | None,
     poll: bool,
     report: str | None,
+    until_done: bool,
     gpu: bool | None,
     threads: int | None,
     overwrite: bool,
@@ -59,7 +66,7 @@ def watch(
     RUN_DIR is the folder that RELION's --o names, such as Refine3D/job012. The hook cryored-external-reconstruct
     hands its requests over when it finds a watcher there, and answers them itself, with the watcher's options, when
     there is none any more. Both halves of an iteration go through the network together. Control-C or SIGTERM ends
-    it after the current request.
+    it after the current request, with status 0.
 
     \b
     Example, beside RELION:
@@ -69,25 +76,19 @@ def watch(
     if unregularised is not None and "{root}" not in unregularised:
         raise click.UsageError("--unregularised needs {root} in the name: one file for each request.")
 
-    from cryored.refinement.watcher import watch_folder
+    from cryored.prior.denoiser import Denoiser
+    from cryored.prior.models import find_model
+    from cryored.refinement.red_update import Files
+    from cryored.refinement.updater import Updater
+    from cryored.refinement.watcher import WatchOptions, watch_folder
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
+    updater = Updater(settings, Denoiser(find_model(model), gpu=gpu, threads=threads))
+    files = Files(angpix=angpix, unregularised=unregularised, clean=clean)
+    words = tuple(_hook_options(click.get_current_context()))
+    chosen = WatchOptions(words, poll, report, overwrite, until_done)
     with _ending() as stop:
-        watch_folder(
-            run_dir,
-            settings,
-            hook_options=_hook_options(click.get_current_context()),
-            model=model,
-            angpix=angpix,
-            unregularised=unregularised,
-            clean=clean,
-            gpu=gpu,
-            poll=poll,
-            report=report,
-            overwrite=overwrite,
-            console=terminal(),
-            stop=stop,
-        )
+        watch_folder(run_dir, updater, files, chosen, console=terminal(), stop=stop)
 
 
 def _hook_options(ctx: click.Context) -> list[str]:

@@ -29,6 +29,38 @@ ROOT = "{root}"  # in the name of a file to write
 DENOISED = "_denoised.mrc"  # ending of the map with the prior where RELION gets the one without
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where an answer goes, and what becomes of the request's files.
+
+    Parameters
+    ----------
+    angpix : float, optional
+        Pixel size in angstrom, instead of the one found.
+    output : str, optional
+        Instead of the request's result.
+    unregularised : str, optional
+        B / K to write. ``{root}`` in it stands for the request's name up to ``_external_reconstruct``; an existing
+        file is then replaced, as RELION's ``--continue`` writes requests anew.
+    denoised : str, optional
+        A denoised map to use instead of the network.
+    clean : bool
+        Remove RELION's arrays after success.
+    overwrite : bool
+        Replace existing files other than the request's own.
+    """
+
+    angpix: float | None = None
+    output: str | None = None
+    unregularised: str | None = None
+    denoised: str | None = None
+    clean: bool = False
+    overwrite: bool = False
+
+
+AS_ASKED = Files()
+
+
 @dataclass
 class Outputs:
     """A request as files: where it came from, where its maps go, and its line in the log.
@@ -103,19 +135,8 @@ class Outputs:
                 path.unlink(missing_ok=True)
 
 
-def plan_outputs(
-    name: str,
-    request: Request,
-    updater: Updater,
-    by: str,
-    *,
-    output: str | None = None,
-    unregularised: str | None = None,
-    denoised: str | None = None,
-    clean: bool = False,
-    overwrite: bool = False,
-) -> Outputs:
-    """Check where the answer to a request goes, and begin its line in the log; see `red_update_file`.
+def plan_outputs(name: str, request: Request, updater: Updater, by: str, files: Files) -> Outputs:
+    """Check where the answer to a request goes, and begin its line in the log.
 
     Parameters
     ----------
@@ -123,27 +144,44 @@ def plan_outputs(
         The request as RELION called it.
     by : str
         The command that answers.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be written, or is there already.
     """
-    target = output if output is not None else str(request.result)
-    check_target(target, overwrite or output is None)
+    target = str(request.result) if files.output is None else files.output
+    check_target(target, files.overwrite or files.output is None)
+    unregularised = files.unregularised
     if unregularised is not None:
         # Named after the request, it belongs to it as its result and its log do, and is replaced like these.
         own = ROOT in unregularised
         unregularised = unregularised.replace(ROOT, request.root)
-        check_target(unregularised, overwrite or own)
-    lam, resolution = updater.weight(request)
-    card, settings = updater.model.card, updater.settings
+        check_target(unregularised, files.overwrite or own)
     beside = None
-    if settings.final == "map" and output is None and lam > 0 and is_joined(request):
+    lam, _ = updater.weight(request)
+    if updater.settings.final == "map" and files.output is None and lam > 0 and is_joined(request):
         beside = f"{request.root}{DENOISED}"
         check_target(beside, overwrite=True)
-    weights = updater.shell_weights(request, lam)
     record: dict[str, Any] = {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cryored": __version__,
-        "by": by,
-        "request": name,
-        "result": target,
+    }
+    record |= {"by": by, "request": name, "result": target}
+    record |= _described(request, updater)
+    record |= {
+        "denoised": files.denoised,
+        "with_prior": beside if beside is not None else target if lam > 0 else None,
+    }
+    return Outputs(request, target, files.output is None, unregularised, files.clean, record, beside)
+
+
+def _described(request: Request, updater: Updater) -> dict[str, Any]:
+    """Return what the log tells of a request, and of how it is answered."""
+    lam, resolution = updater.weight(request)
+    card, settings = updater.model.card, updater.settings
+    weights = updater.shell_weights(request, lam)
+    return {
         "box": request.ori,
         "pixel_size": request.pixel_size,
         "padding": request.pad,
@@ -163,10 +201,7 @@ def plan_outputs(
         "prior_limit": settings.prior_limit,
         "model": card.name,
         "model_sha256": card.sha256,
-        "denoised": denoised,
-        "with_prior": beside if beside is not None else target if lam > 0 else None,
     }
-    return Outputs(request, target, output is None, unregularised, clean, record, beside)
 
 
 def _rounded(values: Shells) -> list[float]:
@@ -176,16 +211,11 @@ def _rounded(values: Shells) -> list[float]:
 def red_update_file(
     job: str,
     settings: Settings,
+    files: Files = AS_ASKED,
     *,
     model: str,
-    angpix: float | None = None,
-    output: str | None = None,
-    unregularised: str | None = None,
-    denoised: str | None = None,
     check: bool = False,
-    clean: bool = False,
     gpu: bool | None = None,
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Answer the request in the file `job`; see the help of ``cryored red-update``.
 
@@ -194,21 +224,11 @@ def red_update_file(
     job : str
         RELION's STAR file; its paths are relative to the current folder.
     settings : Settings
+    files : Files
     model : str
         Name or folder.
-    angpix : float, optional
-        Pixel size in angstrom.
-    output : str, optional
-        Instead of the request's result.
-    unregularised : str, optional
-        B / K to write. ``{root}`` in it stands for the request's name up to ``_external_reconstruct``; an existing
-        file is then replaced, as RELION's ``--continue`` writes requests anew.
-    denoised : str, optional
-        A denoised map to use instead of the network.
     check : bool
         Do everything but the update, and write nothing.
-    clean : bool
-        Remove RELION's arrays after success.
 
     Returns
     -------
@@ -218,25 +238,15 @@ def red_update_file(
     begin = time.monotonic()
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):
-        request = read_request_file(job, angpix=angpix, needs_pixel_size=settings.lam != 0)
+        request = read_request_file(job, angpix=files.angpix, needs_pixel_size=settings.lam != 0)
         request = with_fsc(request, settings.threads)
         found = find_model(model)
         updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
-        outputs = plan_outputs(
-            job,
-            request,
-            updater,
-            "red-update",
-            output=output,
-            unregularised=unregularised,
-            denoised=denoised,
-            clean=clean,
-            overwrite=overwrite,
-        )
+        outputs = plan_outputs(job, request, updater, "red-update", files)
         if outputs.record["lambda"] > 0 or check:
             check_weights(found)
         sums = load_sums(request, settings.threads)
-        given = None if denoised is None else _read_denoised(denoised, request)
+        given = None if files.denoised is None else _read_denoised(files.denoised, request)
     if check:
         return outputs.record
     maps = updater.begin(request, sums, denoised=given)

@@ -1,4 +1,4 @@
-"""The page that ``cryored watch --report`` keeps up to date: one HTML file that needs no other, and no network."""
+"""The page of ``cryored watch --report`` and ``cryored report``: one HTML file that needs no other, and no network."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cryored import __version__
-from cryored.files.output import write_text
+from cryored.errors import InputError
+from cryored.files.jobs import read_job
+from cryored.files.output import check_target, write_text
+from cryored.prior.weights import ShellWeights
 from cryored.refinement.report_figures import COLOURS, Axis, Line, chart, grey_png, round_axis, shades
+from cryored.refinement.run_logs import Logged, read_logs
 from cryored.refinement.watch_table import STEPS, Entry, resolution_text
 
 KINDS = ("unregularised", "denoised", "result")
 
+_MARK = '<meta name="generator" content="cryored">'
+_REFRESH = 20  # seconds after which the browser looks again
 _LARGE, _SMALL = 480, 96  # edges of the pictures in pixels, at most
 _STRIP = 12  # iterations in the strip of small pictures
 # Resolutions in angstrom that the frequency axis may name, those that come first before those that lie close to them.
@@ -44,15 +51,22 @@ class Report:
     title : str
     facts : mapping of str to str
         For the head of the page: folder, model and its checksum, where lambda comes from.
+    live : bool
+        The browser loads the page anew from time to time, until `close`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], title: str, facts: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], title: str, facts: Mapping[str, str], *, live: bool = False
+    ) -> None:
         self._path = path
         self._title = title
-        self._facts = {**facts, "cryored": __version__, "Begun": _now()}
+        self._facts = {**facts, "cryored": __version__} | ({"Begun": _now()} if live else {})
+        self._live = live
         self._entries: list[Entry] = []
         # By part and iteration; both halves bring the same curve.
         self._curves: dict[tuple[str, int], tuple[Floats, Floats]] = {}
+        # Of the latest iteration by part: iteration, frequency, precision and gain.
+        self._weights: dict[str, tuple[int, Floats, ShellWeights]] = {}
         self._large: dict[str, tuple[Entry, Pictures]] = {}
         self._strips: dict[str, dict[int, tuple[Entry, Pictures]]] = {}
 
@@ -62,6 +76,7 @@ class Report:
         frequency: Floats | None = None,
         fsc: Floats | None = None,
         slices: Mapping[str, Section] | None = None,
+        weights: ShellWeights | None = None,
     ) -> None:
         """Take in a request.
 
@@ -73,12 +88,16 @@ class Report:
         slices : mapping, optional
             Central sections (y, x) of the maps in `KINDS`, as far as there are such maps. A second half's are not
             shown.
+        weights : ShellWeights, optional
+            By which the update believed the denoised map, in the first shells of `frequency`.
         """
         self._entries.append(entry)
         if entry.error or entry.iteration is None:
             return
         if frequency is not None and fsc is not None and fsc.any():  # all zero in Class3D
             self._curves[entry.part, entry.iteration] = frequency, fsc
+        if weights is not None and frequency is not None and entry.lam > 0:
+            self._weights[entry.part] = entry.iteration, frequency[: len(weights.gain)], weights
         if slices and entry.half != 2:
             self._large[entry.part] = entry, {kind: grey_png(slices[kind], _LARGE) for kind in slices}
             strip = self._strips.setdefault(entry.part, {})
@@ -96,15 +115,30 @@ class Report:
         """
         title = escape(self._title)
         facts = (self._facts | {"Updated": _now()}).items()
+        again = f'<meta http-equiv="refresh" content="{_REFRESH}">\n' if self._live else ""
         head = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
-        parts = (self._failures(), self._fsc(), self._courses(), self._pictures(), self._requests())
+        parts = (
+            self._failures(),
+            self._fsc(),
+            self._shell_weights(),
+            self._courses(),
+            self._pictures(),
+            self._requests(),
+        )
         write_text(
             self._path,
-            f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+            f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_MARK}\n{again}'
+            f"<title>{title}</title>\n"
             f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<dl>{head}</dl>\n"
             + "\n".join(part for part in parts if part)
             + "\n</body>\n</html>\n",
         )
+
+    def close(self, state: str) -> None:
+        """Write the page for the last time, with what became of the run."""
+        self._live = False
+        self._facts["State"] = state
+        self.write()
 
     def _failures(self) -> str:
         failed = [f"<li>{escape(entry.name)}: {escape(entry.error)}</li>" for entry in self._entries if entry.error]
@@ -136,6 +170,28 @@ class Report:
             '<p class="caution"><b>What may be quoted.</b> These curves are RELION\'s own: they come from the data of '
             "the halves (B and K) before any prior. The FSC between the maps that RELION got back must not be quoted: "
             "the prior may have put the same detail into both.</p>"
+        )
+
+    def _shell_weights(self) -> str:
+        if not self._weights:
+            return ""
+        rows = []
+        for part, (iteration, frequency, weights) in _in_order(self._weights):
+            x = _resolution_axis(float(frequency[-1]))
+            top = max(1, math.ceil(math.log10(float(weights.precision.max()))))
+            decades = [(float(power), f"{10**power:g}") for power in range(top + 1)]
+            precision = Line(frequency.tolist(), np.log10(weights.precision).tolist(), COLOURS[0], "precision")
+            gain = Line(frequency.tolist(), weights.gain.tolist(), COLOURS[1], "gain")
+            charts = (
+                chart([precision], x, Axis("precision, τ²/v", 0.0, float(top), decades), size=(460, 230)),
+                chart([gain], x, round_axis("gain, g", (0, 1, *gain.y)), size=(460, 230)),
+            )
+            title = f"<h3>iteration {iteration} {part}".strip() + "</h3>\n"
+            rows.append(title + f'<div class="row">{"".join(f"<figure>{one}</figure>" for one in charts)}</div>')
+        return (
+            "<h2>Weights of the denoised map</h2>\n<p>By shell, in the latest iteration: precision 1 gives it "
+            "the weight of RELION's own prior, 10 ten times that; gain is the factor that it is taken with.</p>\n"
+            + "\n".join(rows)
         )
 
     def _courses(self) -> str:
@@ -185,7 +241,7 @@ class Report:
 
     def _requests(self) -> str:
         steps = [step for names in STEPS.values() for step in names]
-        heads = ("", "resolution (Å)", "λ", *steps, "change (%)", "device")
+        heads = ("", "resolution (Å)", "λ", *steps, "change (%)", "power ratio", "device")
         rows = []
         for entry in self._entries:
             cells = (
@@ -194,17 +250,81 @@ class Report:
                 "" if entry.error else f"{entry.lam:.3f}",
                 *(f"{entry.seconds[step]:.2f}" if step in entry.seconds else "" for step in steps),
                 "failed" if entry.error else f"{100 * entry.change:.2f}",
+                "" if entry.error else f"{entry.power_ratio:.3f}",
                 entry.device,
             )
             look = ' class="failed"' if entry.error else ""
             rows.append(f"<tr{look}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
         head = "".join(f"<th>{name}</th>" for name in heads)
         return (
-            "<h2>Requests</h2>\n<p>In the order of their answers; times in seconds.</p>\n"
+            "<h2>Requests</h2>\n<p>In the order of their answers; times in seconds. Change and power ratio (of the "
+            "variances) are against the MAP map.</p>\n"
             f'<div class="wide"><table class="requests"><thead><tr>{head}</tr></thead>\n<tbody>'
             + "\n".join(rows)
             + "</tbody></table></div>"
         )
+
+
+def check_report(path: str, overwrite: bool = False) -> None:
+    """Refuse a report's file as `check_target` does, unless what is there is a report, which the new one continues."""
+    known = Path(path)
+    ours = known.is_file() and _MARK in known.read_text(encoding="utf-8", errors="replace")[:1000]
+    check_target(path, overwrite or ours)
+
+
+def add_logged(report: Report, answers: Iterable[Logged]) -> None:
+    """Take in what was answered before, as far as its files are still there."""
+    for one in answers:
+        weights = one.record["weights"]
+        shells = ShellWeights(*(np.array(weights[name], dtype=np.float64) for name in ("precision", "gain")))
+        fsc = one.fsc()
+        frequency = one.frequency(len(shells.gain) if fsc is None else len(fsc))
+        report.add(one.entry, frequency, fsc, one.sections(), shells)
+
+
+def report_folder(folder: str, output: str, *, overwrite: bool = False) -> int:
+    """Make the report of a run from its logs; return the number of answers in it.
+
+    Parameters
+    ----------
+    folder : str
+        Of a refinement, finished or under way.
+    output : str
+        HTML file.
+
+    Raises
+    ------
+    InputError
+        No answer of cryored's is logged there.
+    OutputError
+        The file cannot be written, or is there and no report.
+    """
+    check_report(output, overwrite)
+    answers = read_logs(Path(folder))
+    if not answers:
+        raise InputError(f"{folder}: no ..._cryored.log, expected the folder of a run in which cryored answered RELION")
+    last = answers[-1].record
+    facts = {
+        "Folder": folder,
+        "Model": f"{last['model']} ({last['model_sha256'][:8]})",
+        "Weights": str(last["weights"]["rule"]),
+        "Answered": f"{answers[0].record['time']} to {last['time']}",
+    }
+    report = Report(output, f"cryored in {folder}", facts)
+    add_logged(report, answers)
+    report.close(run_state(folder))
+    return len(answers)
+
+
+def run_state(folder: str | os.PathLike[str]) -> str:
+    """Say in words how far a run is."""
+    try:
+        job = read_job(Path(folder))
+    except InputError:
+        return "begun"
+    if job.end is not None:
+        return f"ended ({job.end.name})"
+    return f"iteration {job.iteration}"
 
 
 def _now() -> str:
@@ -253,6 +373,7 @@ def _strip(items: Iterable[tuple[Entry, Pictures]]) -> str:
         )
         + "</tr>"
         for kind in KINDS
+        if any(kind in pictures for _, pictures in columns)
     ]
     heads = "".join(f"<th>{entry.iteration}</th>" for entry, _ in columns)
     return f'<table class="strip"><tr><th>iteration</th>{heads}</tr>{"".join(rows)}</table>'

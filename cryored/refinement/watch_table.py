@@ -56,6 +56,8 @@ class Entry:
         Why it failed, else empty.
     estimated : bool
         The resolution is not by half-maps, which a class has not, but by tau2 and K.
+    power_ratio : float
+        Variance of the result over that of the MAP map.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Entry:
     device: str
     error: str = ""
     estimated: bool = False
+    power_ratio: float = 1.0
 
     @property
     def _is_class(self) -> bool:

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,14 +14,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from cryored.errors import CryoredError, InputError, in_words
-from cryored.files.output import check_target
+from cryored.files.jobs import read_job
 from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
-from cryored.prior.denoiser import Denoiser
-from cryored.prior.models import check_weights, find_model
+from cryored.prior.models import check_weights
+from cryored.prior.weights import ShellWeights
 from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.refinement.mailbox import Inbox, Presence
-from cryored.refinement.red_update import DENOISED, ROOT, Outputs, plan_outputs
-from cryored.refinement.updater import Answer, Maps, Settings, Updater, timed
+from cryored.refinement.red_update import AS_ASKED, DENOISED, ROOT, Files, Outputs, plan_outputs
+from cryored.refinement.report import Report, add_logged, check_report, run_state
+from cryored.refinement.run_logs import read_logs
+from cryored.refinement.updater import Answer, Maps, Updater, timed
 from cryored.refinement.watch_table import Entry, Table
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 0.01  # seconds between looks for hand-overs
 _POLL_EVERY = 0.5  # seconds between looks for requests that nobody hands over
+_END_EVERY = 2.0  # seconds between looks for the end of the run
 
 
 class Order(Protocol):
@@ -83,8 +85,8 @@ class Server:
     folder : Path
         Nothing outside it is written or removed.
     updater : Updater
-    angpix, unregularised, clean
-        See `cryored.refinement.red_update.red_update_file`.
+    files : Files
+        Its output and denoised map are not looked at.
     show : callable
         Gets the entry of each order, and its maps and answer where there is one.
     """
@@ -93,17 +95,13 @@ class Server:
         self,
         folder: Path,
         updater: Updater,
+        files: Files = AS_ASKED,
         *,
-        angpix: float | None = None,
-        unregularised: str | None = None,
-        clean: bool = False,
         show: Callable[[Entry, Maps | None, Answer | None], None] = lambda *shown: None,
     ) -> None:
         self._folder = folder.resolve()
         self._updater = updater
-        self._angpix = angpix
-        self._unregularised = unregularised
-        self._clean = clean
+        self._files = files
         self._show = show
 
     def serve(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
@@ -141,7 +139,7 @@ class Server:
                     request = read_request_file(
                         order.star,
                         folder=order.folder,
-                        angpix=self._angpix,
+                        angpix=self._files.angpix,
                         needs_pixel_size=self._updater.settings.lam != 0,
                     )
                     outside = self._outside(request)
@@ -150,14 +148,7 @@ class Server:
                         order.declined(f"{outside} lies outside {self._folder}, which is what the watcher serves")
                         continue
                     request = with_fsc(request, self._updater.settings.threads)
-                    outputs = plan_outputs(
-                        order.star,
-                        request,
-                        self._updater,
-                        "watch",
-                        unregularised=self._unregularised,
-                        clean=self._clean,
-                    )
+                    outputs = plan_outputs(order.star, request, self._updater, "watch", self._files)
                     sums = load_sums(request, self._updater.settings.threads)
                 maps = self._updater.begin(request, sums)
             except Exception as error:
@@ -191,6 +182,7 @@ class Server:
             answer.change,
             str(record["device"]),
             estimated=maps.request.estimated,
+            power_ratio=answer.power_ratio,
         )
         return entry, maps, answer
 
@@ -206,9 +198,9 @@ class Server:
         """Return a file that would be written or removed outside the folder, if there is one."""
         touched = [request.result, request.log, Path(request.root + DENOISED)]
         touched += [] if request.result_star is None else [request.result_star]
-        touched += [request.data_real, request.data_imag, request.weight] if self._clean else []
-        if self._unregularised is not None:
-            touched.append(Path(self._unregularised.replace(ROOT, request.root)))
+        touched += [request.data_real, request.data_imag, request.weight] if self._files.clean else []
+        if self._files.unregularised is not None:
+            touched.append(Path(self._files.unregularised.replace(ROOT, request.root)))
         for path in touched:
             if not path.resolve().is_relative_to(self._folder):
                 return path
@@ -298,19 +290,37 @@ def _state(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
+@dataclass(frozen=True)
+class WatchOptions:
+    """What a watcher does besides answering as red-update does.
+
+    Parameters
+    ----------
+    hook_options : tuple of str
+        With which the hook goes on by itself where this process no longer answers.
+    poll : bool
+        Look for requests that nobody hands over, too.
+    report : str, optional
+        HTML file. One that is there is continued, with what was logged in the folder before.
+    overwrite : bool
+        Of the report, where another file is there.
+    until_done : bool
+        End when RELION has ended the run.
+    """
+
+    hook_options: tuple[str, ...] = ()
+    poll: bool = False
+    report: str | None = None
+    overwrite: bool = False
+    until_done: bool = False
+
+
 def watch_folder(
     folder: str,
-    settings: Settings,
+    updater: Updater,
+    files: Files,
+    options: WatchOptions,
     *,
-    hook_options: Sequence[str],
-    model: str,
-    angpix: float | None = None,
-    unregularised: str | None = None,
-    clean: bool = False,
-    gpu: bool | None = None,
-    poll: bool = False,
-    report: str | None = None,
-    overwrite: bool = False,
     console: Console | None = None,
     stop: threading.Event,
 ) -> None:
@@ -320,17 +330,10 @@ def watch_folder(
     ----------
     folder : str
         Where RELION writes its requests.
-    settings : Settings
-    hook_options : sequence of str
-        With which the hook goes on by itself where this process no longer answers.
-    model, angpix, unregularised, clean, gpu
-        See `cryored.refinement.red_update.red_update_file`.
-    poll : bool
-        Look for requests that nobody hands over, too.
-    report : str, optional
-        HTML file.
-    overwrite : bool
-        Of the report.
+    updater : Updater
+    files : Files
+        Its output and denoised map are not looked at.
+    options : WatchOptions
     console : rich.console.Console, optional
         Terminal for a live table; without one each request is a line in the log.
     stop : threading.Event
@@ -341,50 +344,23 @@ def watch_folder(
     OutputError
         The folder is missing or not writable, is served by another watcher, or has gone.
     """
-    place = Path(folder)
-    found = find_model(model)
-    updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
-    if settings.lam != 0:
-        check_weights(found)
+    place, settings, card = Path(folder), updater.settings, updater.model.card
     rule = f"{settings.lam:g}" if settings.lam is not None else updater.schedule.source
-    facts = {
-        "Folder": folder,
-        "Model": f"{found.card.name} ({found.card.sha256[:8]})",
-        "Lambda": rule,
-        "Weights": updater.rule,
-    }
-    with ExitStack() as stack:
-        pages = None
-        if report is not None:
-            from cryored.refinement.report import Report
-
-            check_target(report, overwrite)
-            pages = Report(report, f"cryored watch {folder}", facts)
-        if settings.lam != 0:
-            updater.denoiser.load()
-        presence = stack.enter_context(Presence(place, hook_options))
-        titles = (f"cryored watch {folder}", f"model {facts['Model']}", f"lambda {rule}; weights {updater.rule}")
-        table = stack.enter_context(Table(*titles, console=console))
-
-        def show(entry: Entry, maps: Maps | None, answer: Answer | None) -> None:
-            table.add(entry)
-            if pages is None:
-                return
-            if maps is None or answer is None:
-                pages.add(entry)
-                return
-            shown = {
-                "unregularised": updater.add_unregularised(maps),
-                "denoised": maps.denoised,
-                "result": answer.result,
-            }
-            sections = {
-                name: volume.data[len(volume.data) // 2] for name, volume in shown.items() if volume is not None
-            }
-            pages.add(entry, maps.request.frequency, maps.request.fsc, sections)
-
-        server = Server(place, updater, angpix=angpix, unregularised=unregularised, clean=clean, show=show)
-        inbox, looking = Inbox(place, presence.token), Poll(place) if poll else None
+    model = f"{card.name} ({card.sha256[:8]})"
+    pages = None
+    if options.report is not None:
+        check_report(options.report, options.overwrite)
+        facts = {"Folder": folder, "Model": model, "Lambda": rule, "Weights": updater.rule}
+        pages = Report(options.report, f"cryored watch {folder}", facts, live=True)
+        add_logged(pages, read_logs(place))
+    if settings.lam != 0:
+        check_weights(updater.model)
+        logger.info("%s: loading model %s ...", folder, model)
+        updater.denoiser.load()
+    titles = (f"cryored watch {folder}", f"model {model}", f"lambda {rule}; weights {updater.rule}")
+    with Presence(place, options.hook_options) as presence, Table(*titles, console=console) as table:
+        server = Server(place, updater, files, show=_shown(updater, table, pages))
+        inbox, looking = Inbox(place, presence.token), Poll(place) if options.poll else None
 
         def handed_over() -> Sequence[Order]:
             orders = inbox.waiting()
@@ -393,19 +369,85 @@ def watch_folder(
                     looking.leave(Path(order.star))
             return orders
 
+        end, told = RunEnd(place), False
         table.state("waiting")
-        while not stop.is_set():
+        while not stop.is_set() and not (told and options.until_done):
             presence.check()
             orders: Sequence[Order] = handed_over() or (looking.orders() if looking else [])
-            if not orders:
+            if orders:
+                table.state(f"busy {_name(orders[0])}")
+                server.serve(orders, handed_over)
+                if pages is not None and (stop.is_set() or not inbox.waiting()):
+                    _keep(pages.write)
+                table.state("waiting")
+                told = False
+            elif not told and end.has_come():
+                told = True
+                logger.info("%s: RELION has ended the run", folder)
+                table.state("RELION has ended the run")
+            else:
                 stop.wait(_LOOK_EVERY)
-                continue
-            table.state(f"busy {_name(orders[0])}")
-            server.serve(orders, handed_over)
-            if pages is not None and (stop.is_set() or not inbox.waiting()):
-                try:
-                    pages.write()
-                except OSError as error:
-                    logger.warning("%s", in_words(error))  # a refinement shall not die of its report
-            table.state("waiting")
+        if pages is not None:
+            _keep(lambda: pages.close(run_state(place)))
         table.state("ended")
+
+
+def _keep(write: Callable[[], None]) -> None:
+    """Write the report; a refinement shall not die of it."""
+    try:
+        write()
+    except OSError as error:
+        logger.warning("%s", in_words(error))
+
+
+def _shown(updater: Updater, table: Table, pages: Report | None) -> Callable[[Entry, Maps | None, Answer | None], None]:
+    """Return what takes in each order: the table, and the report with its maps."""
+
+    def show(entry: Entry, maps: Maps | None, answer: Answer | None) -> None:
+        table.add(entry)
+        if pages is None:
+            return
+        if maps is None or answer is None:
+            pages.add(entry)
+            return
+        request = maps.request
+        shown = {
+            "unregularised": updater.add_unregularised(maps),
+            "denoised": maps.denoised,
+            "result": answer.result,
+        }
+        sections = {name: volume.data[len(volume.data) // 2] for name, volume in shown.items() if volume is not None}
+        weights = updater.shell_weights(request, maps.lam)
+        known = ShellWeights(weights.precision[: request.r_max + 1], weights.gain[: request.r_max + 1])
+        pages.add(entry, request.frequency, request.fsc, sections, known)
+
+    return show
+
+
+class RunEnd:
+    """Tells when RELION has ended a run since this was made; one that had ended before may be continued.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._looked = time.monotonic()
+        self._before = self._mark()
+
+    def has_come(self) -> bool:
+        """Look, at most every two seconds."""
+        if time.monotonic() - self._looked < _END_EVERY:
+            return False
+        self._looked = time.monotonic()
+        mark = self._mark()
+        return mark is not None and mark != self._before
+
+    def _mark(self) -> tuple[Path, tuple[int, int] | None] | None:
+        try:
+            end = read_job(self._folder).end
+        except (InputError, OSError):  # nothing there yet, or RELION is writing it
+            return None
+        return None if end is None else (end, _state(end))

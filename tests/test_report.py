@@ -1,0 +1,151 @@
+"""The report of a run from its logs, and what a watcher makes of one that is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from cryored.cli import cli
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import find_model
+from cryored.prior.weights import ShellWeights
+from cryored.refinement.red_update import AS_ASKED
+from cryored.refinement.report import Report
+from cryored.refinement.run_logs import read_logs
+from cryored.refinement.updater import Settings, Updater
+from cryored.refinement.watch_table import Entry
+from cryored.refinement.watcher import RunEnd, WatchOptions, watch_folder
+
+CASE = Path(__file__).parent / "data" / "relion_requests" / "box32_pad2"
+STARS = [f"run/run_it004_half{half}_class001_external_reconstruct.star" for half in (1, 2)]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Make a run in which three requests were answered with lambda 0, the current folder."""
+    shutil.copytree(CASE, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    for star in (*STARS, "run/run_it010_class001_external_reconstruct.star"):
+        assert CliRunner().invoke(cli, ["red-update", star, "--lambda", "0"]).exit_code == 0
+    return Path("run")
+
+
+def report(*arguments):
+    return CliRunner().invoke(cli, ["report", *map(str, arguments)])
+
+
+def test_a_finished_run_has_a_report(run):
+    done = report(run)
+    assert done.exit_code == 0, done.output
+    assert "run/cryored_report.html: 3 answers" in done.stderr
+    text = (run / "cryored_report.html").read_text()
+    rows = re.findall(r"<tr><td>(run_\w+)</td><td>([\d.]+)</td><td>([\d.]+)</td>", text)
+    names = [Path(star).name.removesuffix("_external_reconstruct.star") for star in STARS]
+    assert rows == [(name, "9.60", "0.000") for name in names] + [("run_it010_class001", "9.60", "0.000")]
+    assert 'aria-label="half-map FSC"' in text
+    assert text.count('alt="result, iteration 10, joined"') == 2  # large, and in the strip
+    assert "http-equiv" not in text
+    # Made anew without being asked; another file is not touched.
+    assert report(run).exit_code == 0
+    Path("notes.html").write_text("mine")
+    done = report(run, "-o", "notes.html")
+    assert done.exit_code == 1
+    assert Path("notes.html").read_text() == "mine"
+    assert report(run, "-o", "notes.html", "--overwrite").exit_code == 0
+
+
+def test_without_maps_and_requests_the_logs_are_enough(run):
+    for path in run.glob("*_external_reconstruct*"):
+        path.unlink()
+    with (run / "run_it004_half1_class001_cryored.log").open("a") as log:
+        log.write('{"time": "cut sho')
+    done = report(run)
+    assert done.exit_code == 0
+    assert "run_it004_half1_class001_cryored.log, line 2: no record of an answer" in done.stderr
+    assert "run_it010_class001" in (run / "cryored_report.html").read_text()
+
+
+def test_no_run_of_ours(tmp_path):
+    done = report(tmp_path)
+    assert done.exit_code == 1
+    assert "no ..._cryored.log, expected the folder of a run in which cryored answered RELION" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_drawn_for_the_latest_iteration(tmp_path):
+    page = Report(tmp_path / "r.html", "job", {}, live=True)
+    frequency = np.arange(20) / 60
+    for iteration, top in ((1, 50.0), (2, 700.0)):
+        weights = ShellWeights(np.linspace(top, 1, 12), np.linspace(0.9, 1.4, 12))
+        entry = Entry(f"run_it{iteration:03d}_half1_class001", iteration, 1, 8.0, 1.0, {}, 0.1, "CPU", power_ratio=1.25)
+        page.add(entry, frequency, np.linspace(1, 0, 20), None, weights)
+    page.write()
+    text = (tmp_path / "r.html").read_text()
+    charts = re.findall(r'aria-label="(precision, τ²/v|gain, g)"', text)
+    assert charts == ["precision, τ²/v", "gain, g"]
+    assert ">1000</text>" in text and "<h3>iteration 2</h3>" in text
+    assert "<td>1.250</td>" in text
+    assert 'http-equiv="refresh"' in text
+    page.close("ended (run_data.star)")
+    text = (tmp_path / "r.html").read_text()
+    assert 'http-equiv="refresh"' not in text and "ended (run_data.star)" in text
+
+
+def watching(run, stop, **options):
+    updater = Updater(Settings(lam=0.0), Denoiser(find_model("cwred"), gpu=False))
+    thread = threading.Thread(
+        target=watch_folder, args=(str(run), updater, AS_ASKED, WatchOptions(**options)), kwargs={"stop": stop}
+    )
+    thread.start()
+    return thread
+
+
+def test_a_watcher_continues_the_report(run):
+    stop = threading.Event()
+    stop.set()  # no request comes
+    report(run, "-o", "page.html")
+    for _ in range(2):
+        watching(run, stop, report="page.html").join(30)
+        assert Path("page.html").read_text().count("<td>run_it") == 3
+
+
+def test_until_done(run, monkeypatch):
+    monkeypatch.setattr("cryored.refinement.watcher._END_EVERY", 0.02)
+    (run / "run_data.star").touch()
+    (run / "run_half1_class001_unfil.mrc").touch()  # of an earlier run: --continue goes on from it
+    stop = threading.Event()
+    thread = watching(run, stop, until_done=True, report="page.html")
+    time.sleep(0.3)
+    assert thread.is_alive()
+    (run / "RELION_JOB_EXIT_SUCCESS").touch()
+    thread.join(30)
+    assert not thread.is_alive() and not stop.is_set()
+    assert "ended (RELION_JOB_EXIT_SUCCESS)" in Path("page.html").read_text()
+
+
+def test_the_end_of_an_earlier_run_is_none(run, monkeypatch):
+    monkeypatch.setattr("cryored.refinement.watcher._END_EVERY", 0.0)
+    (run / "RELION_JOB_EXIT_FAILURE").touch()
+    (run / "run_half1_class001_unfil.mrc").touch()
+    end = RunEnd(run)
+    assert not end.has_come()
+    (run / "RELION_JOB_EXIT_FAILURE").unlink()
+    assert not end.has_come()
+    (run / "RELION_JOB_EXIT_SUCCESS").touch()
+    assert end.has_come()
+
+
+def test_logs_are_in_the_order_of_their_answers(run):
+    star = STARS[0]
+    log = run / "run_it004_half1_class001_cryored.log"
+    record = json.loads(log.read_text())
+    log.write_text(log.read_text() + json.dumps(record | {"time": "2099-01-01T00:00:00+00:00", "request": star}) + "\n")
+    assert [one.record["time"] for one in read_logs(run)][-1].startswith("2099")
