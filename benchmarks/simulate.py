@@ -90,10 +90,10 @@ def intermediates(repeat: int) -> tuple[float, int]:
 @click.option("--repeat", default=3, show_default=True)
 def main(number: int, repeat: int) -> None:
     """Print the figures of docs/results.md."""
-    from cryored.simulation.density import simulate_map_file
+    from cryored.simulation.density import MapOptions, simulate_map_file
 
     with tempfile.TemporaryDirectory() as folder:
-        simulate_map_file(str(STRUCTURE), f"{folder}/map.mrc", box=BOX, angpix=ANGPIX, resolution=3.0)
+        simulate_map_file(str(STRUCTURE), f"{folder}/map.mrc", MapOptions(BOX, ANGPIX, 3.0))
         seconds, memory = particles(Path(folder), number)
         click.echo(f"{number} particles of box {BOX}\t{seconds:.1f} s\t{memory:.2f} GB")
         relion, ours, single = projections(Path(folder), number, repeat)

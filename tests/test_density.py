@@ -15,8 +15,9 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.files.mrc import read_volume
+from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import spatial_frequency
+from cryored.maps.volume import Volume
 from cryored.simulation.density import (
     check_scattering,
     gaussian_map,
@@ -310,3 +311,54 @@ def test_the_examples_of_the_help_run(tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
     assert read_volume(tmp_path / "truth.mrc").shape == (96, 96, 96)
     assert read_volume(tmp_path / "volt.mrc").shape == (96, 96, 96)
+
+
+# In a map's own frame
+
+
+@pytest.mark.parametrize("kind", ["origin", "nstart"])
+def test_like_a_map_leaves_the_model_in_its_frame(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    atoms = read_atoms(STRUCTURE, centre=False)
+    low = np.floor(atoms.positions.min(axis=0) / 2.0).astype(int) - 5  # voxels of 2 A, so that all atoms are inside
+    edges = np.ceil(np.ptp(atoms.positions, axis=0) / 2.0).astype(int) + [11, 12, 14]
+    grid = Volume(np.zeros(edges[::-1], np.float32), 2.0)
+    place = {"origin": tuple(2.0 * low)} if kind == "origin" else {"nstart": tuple(int(n) for n in low)}
+    write_volume("map.mrc", replace(grid, **place), label="test")
+    done = CliRunner().invoke(cli, ["simulate", "map", str(STRUCTURE), "-o", "out.mrc", "--like", "map.mrc"])
+    assert done.exit_code == 0, done.output
+    assert "outside" not in done.stderr
+    found = read_volume("out.mrc")
+    assert (found.shape, found.voxel_size, found.origin, found.nstart) == (
+        grid.shape,
+        2.0,
+        *(read_volume("map.mrc").origin, read_volume("map.mrc").nstart),
+    )
+    # Centres of mass, of the map and of the electrons.
+    along = [np.arange(n) for n in found.shape]
+    total = found.data.sum()
+    mass = [float((found.data.sum(axis=tuple({0, 1, 2} - {axis})) * along[axis]).sum() / total) for axis in range(3)]
+    expected = np.average(atoms.positions, axis=0, weights=atoms.weights) / 2.0 - low
+    np.testing.assert_allclose(mass[::-1], expected, atol=0.02)
+
+
+def test_without_centring_coordinates_count_from_the_first_voxel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.pdb").write_text("ATOM      1  CA  ALA A   1      40.000  50.000  60.000  1.00 20.00           C\nEND\n")
+    for words, place in ((["--no-centre"], (30, 25, 20)), ([], (24, 24, 24))):
+        command = ["simulate", "map", "one.pdb", "-o", "out.mrc", "--box", "48", "--angpix", "2", "--overwrite", *words]
+        assert CliRunner().invoke(cli, command).exit_code == 0
+        data = read_volume("out.mrc").data
+        assert np.unravel_index(data.argmax(), data.shape) == place
+
+
+def test_a_model_outside_the_map(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_volume("map.mrc", Volume(np.zeros((16, 16, 16), np.float32), 2.0, origin=(500.0, 0.0, 0.0)), label="test")
+    done = CliRunner().invoke(cli, ["simulate", "map", str(STRUCTURE), "-o", "out.mrc", "--like", "map.mrc"])
+    assert done.exit_code == 1
+    assert "all atoms lie outside map.mrc, expected the model in the map's frame" in done.stderr
+    assert not Path("out.mrc").exists()
+    done = CliRunner().invoke(cli, ["simulate", "map", str(STRUCTURE), "-o", "-", "--like", "map.mrc", "--box", "32"])
+    assert done.exit_code == 2
+    assert "--like tells the grid; leave --box out" in done.stderr

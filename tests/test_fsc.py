@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from cryored.maps.fsc import (
     masked_correlation,
     nominal_resolution,
     shell_correlation,
+    shift_between,
 )
 from cryored.maps.volume import Volume, soft_sphere
 from cryored.prior.denoiser import Denoiser
@@ -441,3 +443,26 @@ def test_files_equal_arrays(maps, tmp_path):
     assert result.frequency[-1] == pytest.approx(1 / 3.0)
     # 12 A is shell 8 of 96 A exactly, whatever the rounding.
     assert fsc_files(HALF1, HALF2, FscOptions(mask=MASK, randomise_from=12.0)).masked.randomise_from == 8
+
+
+# Maps that lie apart
+
+
+@pytest.mark.parametrize("shift", [(3, 0, 0), (-2, 5, 1), (0, 0, -9)])
+def test_a_shift_is_told(tmp_path, caplog, monkeypatch, shift):
+    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)
+    first = read_volume(HALF1)
+    moved = first.with_data(np.roll(read_volume(HALF2).data, shift, axis=(2, 1, 0)))
+    assert shift_between(first.data, moved.data) == shift
+    write_volume(str(tmp_path / "moved.mrc"), moved, label="test")
+    fsc_files(HALF1, tmp_path / "moved.mrc")
+    size = ", ".join(f"{1.5 * n:.1f}" for n in shift)
+    assert f"moved.mrc looks shifted by {', '.join(map(str, shift))} voxels (x, y, z) ({size} A) against" in caplog.text
+
+
+def test_no_shift_is_made_up(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)
+    fsc_files(HALF1, HALF2)
+    assert "shifted" not in caplog.text
+    first, second = (noise((24, 20, 17), seed) for seed in (1, 2))
+    assert shift_between(first, second) == (0, 0, 0)

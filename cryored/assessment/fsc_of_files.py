@@ -14,7 +14,15 @@ from cryored.errors import InputError
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume
 from cryored.files.output import is_stream
-from cryored.maps.fsc import Curve, FscResult, SubstitutedFsc, last_above, masked_correlation, shell_correlation
+from cryored.maps.fsc import (
+    Curve,
+    FscResult,
+    SubstitutedFsc,
+    last_above,
+    masked_correlation,
+    shell_correlation,
+    shift_between,
+)
 from cryored.maps.volume import Floats, Volume
 from cryored.prior.models import DEFAULT_MODEL
 
@@ -154,9 +162,21 @@ def _read_mask(path: AnyPath, angpix: float | None, name: str, volume: Volume) -
 
 
 def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:
-    """Warn of two maps that are one, or that their headers place differently."""
+    """Warn of two maps that are one, that lie apart, or that their headers place differently."""
     if np.array_equal(volume1.data, volume2.data):
         logger.warning("%s and %s hold the same map: its FSC with itself is 1 and tells nothing", *names)
+    shift = shift_between(volume1.data, volume2.data)
+    if any(shift):
+        unit = volume1.voxel_size or volume2.voxel_size
+        size = f" ({', '.join(f'{unit * n:.1f}' for n in shift)} A)" if unit else ""
+        logger.warning(
+            "%s looks shifted by %d, %d, %d voxels (x, y, z)%s against %s, and their FSC is too low; `cryored simulate "
+            "map --like` puts a model into a map's frame",
+            names[1],
+            *shift,
+            size,
+            names[0],
+        )
     places = [(volume.origin, volume.nstart) for volume in (volume1, volume2)]
     if places[0] != places[1]:
         words = [f"origin {origin} A, start {start}" for origin, start in places]

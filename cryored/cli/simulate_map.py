@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+from click.core import ParameterSource
 
 from cryored.cli import options
 
@@ -34,6 +35,18 @@ from cryored.cli import options
     metavar="NAME",
     help="Biological assembly to build from these chains.  [default: coordinates as in the file]",
 )
+@click.option(
+    "--like",
+    type=options.PATH,
+    metavar="MAP.mrc",
+    help="Take box, voxel size, origin and nstart of this map, and leave the model where it is in its frame.",
+)
+@click.option(
+    "--centre/--no-centre",
+    default=True,
+    show_default=True,
+    help="Move the centre of mass to the centre of the box, or count coordinates from the first voxel.",
+)
 @click.option("--waters/--no-waters", default=False, show_default=True, help="Keep waters.")
 @click.option("--hydrogens/--no-hydrogens", default=False, show_default=True, help="Keep hydrogens.")
 @options.overwrite
@@ -47,31 +60,40 @@ def simulate_map(
     method: str,
     chains: str,
     assembly: str | None,
+    like: str | None,
+    centre: bool,
     waters: bool,
     hydrogens: bool,
     overwrite: bool,
 ) -> None:
     """Turn an atomic model (PDB or mmCIF, gzipped or not) into a map.
 
-    The first model is taken and centred on its mass. The map has its centre at voxel n // 2 of each axis.
+    The first model is taken and centred on its mass, at voxel n // 2 of each axis. To compare a map with its model
+    give --like: the model then stays where it is.
 
     \b
     Example:
       cryored simulate map 1abc.pdb.gz -o truth.mrc --box 96 --angpix 1.5
       cryored simulate map 1abc.cif -o volt.mrc --method potential --assembly 1
     """
-    from cryored.simulation.density import simulate_map_file
+    from cryored.simulation.density import MapOptions, simulate_map_file
 
-    simulate_map_file(
-        structure,
-        output,
-        box=box,
-        angpix=angpix,
-        resolution=resolution,
-        method=method,
-        chains=tuple(chains.split(",")) if chains else (),
-        assembly=assembly,
-        waters=waters,
-        hydrogens=hydrogens,
+    if like is not None:
+        for name in ("box", "angpix"):
+            if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
+                raise click.UsageError(f"--like tells the grid; leave --{name} out.")
+    kept = tuple(chains.split(",")) if chains else ()
+    chosen = MapOptions(
+        box,
+        angpix,
+        resolution,
+        method,
+        kept,
+        assembly,
+        waters,
+        hydrogens,
+        like=like,
+        centre=centre,
         overwrite=overwrite,
     )
+    simulate_map_file(structure, output, chosen)

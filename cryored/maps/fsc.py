@@ -21,6 +21,7 @@ Shells = npt.NDArray[np.intp]
 
 _RANDOMISE_BELOW = 0.8  # relion_postprocess --randomize_at_fsc
 _KEPT_SHELLS = 2  # from the first randomised shell on, where the correction would show its edge
+_PEAK = 8.0  # standard deviations by which a phase correlation's peak stands out
 _NOTHING_LEFT = 1e-6  # 1 - randomised FSC below which the correction has no meaning
 
 
@@ -227,6 +228,33 @@ def masked_correlation(
             curve[0] = 1.0
     corrected = corrected_correlation(masked, randomised, randomise_from)
     return MaskedFsc(unmasked, masked, randomised, corrected, randomise_from)
+
+
+def shift_between(data1: Floats, data2: Floats, *, threads: int | None = None) -> tuple[int, int, int]:
+    """Return by how many whole voxels (x, y, z) the second map lies off the first, as far as they tell.
+
+    Where the phase correlation of the coarse half of the shells peaks (Kuglin & Hines 1975). 0 unless the peak stands
+    out and is well above what the maps have in common where they are.
+
+    Parameters
+    ----------
+    data1, data2 : (z, y, x) float
+        Maps of one shape.
+    """
+    shape = data1.shape
+    cross = forward(data2, threads) * np.conj(forward(data1, threads))
+    index = shell_index(shape)
+    coarse = (index > 0) & (index <= max(shape) // 4)
+    size = np.abs(cross)
+    cross = np.divide(cross, size, out=np.zeros_like(cross), where=coarse & (size > 0))
+    # `inverse` puts a shift of nothing at the centre.
+    found = inverse(cross, shape, threads)
+    peak = np.unravel_index(int(found.argmax()), shape)
+    here = found[tuple(n // 2 for n in shape)]
+    if found[peak] < _PEAK * found.std() or found[peak] < 2 * here:
+        return 0, 0, 0
+    z, y, x = (int(at) - n // 2 for at, n in zip(peak, shape, strict=True))
+    return x, y, z
 
 
 def corrected_correlation(masked: Curve, randomised: Curve, randomise_from: int) -> Curve:

@@ -23,7 +23,7 @@ from cryored.files.output import write_text
 from cryored.maps.mask import soft_mask
 from cryored.refinement.mailbox import PRESENCE
 from cryored.refinement.red_update import DENOISED
-from cryored.simulation.density import simulate_map_file
+from cryored.simulation.density import MapOptions, simulate_map_file
 from cryored.simulation.particles import simulate_particles_file
 from cryored.simulation.structure import read_atoms
 
@@ -123,7 +123,7 @@ def make_data(
     reach = float(np.linalg.norm(read_atoms(structure).positions, axis=1).max())
     data = Data(folder, box, angpix, min(2 * reach + _LEAST_MARGIN, 0.95 * box * angpix))
     if not ((folder / "particles_truth.star").exists() and data.stack.exists()):
-        simulate_map_file(structure, str(data.truth), box=box, angpix=angpix, resolution=3.0, overwrite=True)
+        simulate_map_file(structure, str(data.truth), MapOptions(box, angpix, 3.0, overwrite=True))
         simulate_particles_file(
             data.truth,
             data.stack.with_suffix(""),

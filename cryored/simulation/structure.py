@@ -25,12 +25,12 @@ def _no_numbers() -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Atoms:
-    """Atoms of one model, centred on their mass.
+    """Atoms of one model.
 
     Parameters
     ----------
     positions : (n, 3) float64
-        x, y, z in angstrom.
+        x, y, z in angstrom, from the centre of mass unless they were read otherwise.
     weights : (n,) float64
         Atomic number times occupancy.
     numbers : (n,) int64
@@ -67,6 +67,7 @@ def read_atoms(
     assembly: str | None = None,
     waters: bool = False,
     hydrogens: bool = False,
+    centre: bool = True,
 ) -> Atoms:
     """Read the first model of a PDB or mmCIF file, gzipped or not.
 
@@ -83,6 +84,8 @@ def read_atoms(
         Atoms on a symmetry axis are not doubled.
     waters, hydrogens : bool
         Whether to keep them.
+    centre : bool
+        Move the centre of mass to the origin.
 
     Raises
     ------
@@ -115,14 +118,21 @@ def read_atoms(
         raise InputError(f"{name}: all atoms have occupancy 0, expected some above; set the occupancies to 1")
     numbers = table[:, 4].astype(np.int64)
     atoms = Atoms(table[:, :3], table[:, 3] * numbers, numbers, table[:, 5])
+    if not centre:
+        return atoms
     return atoms.moved(np.eye(3), -np.average(atoms.positions, axis=0, weights=atoms.masses))
+
+
+def box_for(atoms: Atoms, angpix: float) -> int:
+    """Return the least even box about the origin that no atom comes closer to the faces of than `MARGIN`."""
+    return 2 * int(np.ceil((float(np.abs(atoms.positions).max()) + MARGIN) / angpix))
 
 
 def check_fits(atoms: Atoms, box: int, angpix: float, name: str) -> None:
     """Refuse atoms that come closer than `MARGIN` to a face of the box, naming a box that would do."""
     reach = float(np.abs(atoms.positions).max()) + MARGIN
     if reach > box / 2 * angpix:
-        enough = 2 * int(np.ceil(reach / angpix))
+        enough = box_for(atoms, angpix)
         raise InputError(
             f"{name}: reaches {reach:.0f} A from its centre (with a margin of {MARGIN:.0f} A), but a box of {box} at "
             f"{angpix:g} A/pixel ends at {box / 2 * angpix:.0f} A; use --box {enough} or more"
