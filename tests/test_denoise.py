@@ -23,7 +23,8 @@ from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, fourier_resize, plan_axis
 from cryored.maps.volume import Volume, soft_sphere, window
 from cryored.prior import denoiser as denoise
-from cryored.prior.denoiser import Denoiser, crossover, cube_rotations, denoise_file, predict_tiled, rotate, rotate_back
+from cryored.prior.denoise_files import DenoiseOptions, denoise_file
+from cryored.prior.denoiser import Denoiser, crossover, cube_rotations, predict_tiled, rotate, rotate_back
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, find_model
 from cryored.simulation.gaussian import gaussian_pairs
 from cryored.simulation.structure import check_fits, read_atoms
@@ -411,7 +412,7 @@ def test_without_either_the_map_is_taken_as_filtered(folder):
 def test_a_model_of_raw_maps_gets_them_raw(folder, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)  # the command line turns it off
     with caplog.at_level("INFO", logger="cryored"):
-        denoise_file("half1.mrc", "out.mrc", model="raw", half2="half2.mrc")
+        denoise_file("half1.mrc", "out.mrc", DenoiseOptions(model="raw", half2="half2.mrc"))
     np.testing.assert_allclose(read_volume("out.mrc").data, read_volume("half1.mrc").data, atol=FLOAT32)
     assert "raw takes raw maps: half1.mrc is not weighted by an FSC" in caplog.text
 
@@ -470,22 +471,22 @@ def test_errors_name_the_file(folder):
 
 def test_an_unknown_model_lists_those_there_are(folder):
     with pytest.raises(ModelError, match=r"no model named 'none'; there is: linear, raw.*CRYORED_MODEL_PATH"):
-        denoise_file("half1.mrc", "out.mrc", model="none")
+        denoise_file("half1.mrc", "out.mrc", DenoiseOptions(model="none"))
 
 
 def test_damaged_models_are_refused(folder):
     Path("models/linear/model.keras").write_bytes(b"other")
     with pytest.raises(ModelError, match="model.keras: sha256 .* the file is damaged or was replaced"):
-        denoise_file("half1.mrc", "out.mrc", model="linear")
+        denoise_file("half1.mrc", "out.mrc", DenoiseOptions(model="linear"))
     Path("models/linear/model.keras").unlink()
     with pytest.raises(ModelError, match="model.keras: cannot be read: No such file"):
-        denoise_file("half1.mrc", "out.mrc", model="linear")
+        denoise_file("half1.mrc", "out.mrc", DenoiseOptions(model="linear"))
     Path("models/linear/card.json").write_text("{}")
     with pytest.raises(ModelError, match="card.json: no usable model card .*; train writes one"):
-        denoise_file("half1.mrc", "out.mrc", model="linear")
+        denoise_file("half1.mrc", "out.mrc", DenoiseOptions(model="linear"))
     Path("models/linear/card.json").write_text(json.dumps({**vars(card()), "input": "half"}))
     with pytest.raises(ModelError, match="card.json: input is 'half', expected 'regularised' or 'unregularised'"):
-        denoise_file("half1.mrc", "out.mrc", model="linear")
+        denoise_file("half1.mrc", "out.mrc", DenoiseOptions(model="linear"))
 
 
 # The shipped model

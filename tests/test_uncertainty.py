@@ -142,6 +142,7 @@ def test_the_fsc_of_a_request():
     class Asked:
         root: str
         fsc: np.ndarray
+        estimated: bool = False
 
     fsc = np.array([1.0, 0.5, -0.1])
     np.testing.assert_array_equal(known_fsc(Asked("run/run_it003_half1_class001", fsc)), fsc)

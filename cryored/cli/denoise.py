@@ -9,14 +9,21 @@ from cryored.files.output import is_stream
 
 
 @click.command()
-@click.argument("map_path", type=options.PATH, metavar="MAP.mrc")
+@click.argument("map_path", type=options.PATH, metavar="[MAP.mrc | JOB]", required=False)
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="OUT.mrc", help='Map to write, or "-".')
 @options.model
+@click.option("--half1", type=options.PATH, metavar="MAP1.mrc", help="With --half2, instead of MAP: their average.")
 @click.option("--half2", type=options.PATH, metavar="MAP2.mrc", help="The other half-map: their FSC weights MAP first.")
 @click.option(
     "--fsc", type=options.PATH, metavar="TABLE", help="FSC table (TSV, STAR, EMDB XML): weight MAP by it first."
 )
-@click.option("--mask", type=options.PATH, metavar="MASK.mrc", help="Multiply the results by a soft mask.")
+@click.option(
+    "--mask",
+    type=options.PATH,
+    metavar="MASK.mrc",
+    help="Soft mask: the half-maps' FSC is that within it, corrected as `cryored fsc` does, and the results are "
+    "multiplied by it.",
+)
 @click.option(
     "--uncertainty",
     type=options.PATH,
@@ -24,10 +31,20 @@ from cryored.files.output import is_stream
     help="Also write the standard deviation of the error that is left in each voxel, in units of the map.",
 )
 @click.option(
+    "--difference", type=options.PATH, metavar="DIFF.mrc", help="Also write the result minus what the network got."
+)
+@click.option(
     "--chimerax",
     type=options.PATH,
     metavar="FILE.cxc",
     help="Also write a ChimeraX script: the denoised surface, coloured by --uncertainty.",
+)
+@options.plot
+@click.option(
+    "--bfactor",
+    type=click.FloatRange(-1000, 1000),
+    metavar="A^2",
+    help="Sharpen the result: negative values as in relion_postprocess --adhoc_bfac.",
 )
 @options.angpix
 @click.option(
@@ -46,22 +63,28 @@ from cryored.files.output import is_stream
     metavar="VOXELS",
     help="Edge of the tiles, at the model's pixel size; smaller ones need less memory.",
 )
+@click.option("--force", is_flag=True, help="Insist on a map that the model is not made for, or that takes very long.")
 @options.device
 @options.threads
 @options.overwrite
 @options.common
 def denoise(
-    map_path: str,
+    map_path: str | None,
     output: str,
     model: str,
+    half1: str | None,
     half2: str | None,
     fsc: str | None,
     mask: str | None,
     uncertainty: str | None,
+    difference: str | None,
     chimerax: str | None,
+    plot: str | None,
+    bfactor: float | None,
     angpix: float | None,
     rotations: int,
     tile: int,
+    force: bool,
     gpu: bool | None,
     threads: int | None,
     overwrite: bool,
@@ -69,13 +92,23 @@ def denoise(
     """Denoise one map with a trained prior, in any box and at any pixel size.
 
     A raw half-map (unfiltered, _unfil.mrc) needs its FSC: give --half2 or --fsc. Without them the map is taken as
-    filtered already: RELION's own maps in a refinement, or a post-processed map. The output has the input's grid,
-    origin and pixel size. Models that take notice of the FSC are told it; --uncertainty needs a model that tells it.
+    filtered already: RELION's own maps in a refinement, or a post-processed map, whose sharpening is undone for the
+    network. --half1 and --half2 without MAP, or the folder of a RELION job (Refine3D, PostProcess) in its place, give
+    the average of both half-maps. The output has the input's grid, origin and pixel size. Models that take notice of
+    the FSC are told it; --uncertainty needs a model that tells it.
 
     \b
     Example:
       cryored denoise run_half1_class001_unfil.mrc --half2 run_half2_class001_unfil.mrc -o half1_denoised.mrc
+      cryored denoise Refine3D/job012 -o denoised.mrc --plot denoised.png
     """
+    from cryored.files.jobs import is_job
+
+    job = map_path is not None and is_job(map_path)
+    if (map_path is None) != (half1 is not None) or (half1 is not None and half2 is None):
+        raise click.UsageError("give MAP, the folder of a RELION job, or both --half1 and --half2")
+    if job and (half2 is not None or fsc is not None):
+        raise click.UsageError("the job's own half-maps are taken; leave --half2 and --fsc out")
     if half2 is not None and fsc is not None:
         raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
     if uncertainty == output:
@@ -86,21 +119,29 @@ def denoise(
         if is_stream(output) or is_stream(uncertainty):
             raise click.UsageError("--chimerax opens the two maps by name; neither can be '-'")
 
-    from cryored.prior.denoiser import denoise_file
+    from cryored.prior.denoise_files import DenoiseOptions, denoise_file, denoise_halves, denoise_job
 
-    denoise_file(
-        map_path,
-        output,
+    chosen = DenoiseOptions(
         model=model,
         half2=half2,
         fsc=fsc,
         mask=mask,
         uncertainty=uncertainty,
+        difference=difference,
         chimerax=chimerax,
+        plot=plot,
+        bfactor=bfactor,
         angpix=angpix,
         rotations=rotations,
         tile=tile,
         gpu=gpu,
         threads=threads,
+        force=force,
         overwrite=overwrite,
     )
+    if job:
+        denoise_job(str(map_path), output, chosen)
+    elif half1 is not None:
+        denoise_halves(half1, str(half2), output, chosen)
+    else:
+        denoise_file(str(map_path), output, chosen)

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError, ModelError
-from cryored.maps.fourier import apply_shells, forward, inverse, low_pass, spatial_frequency
+from cryored.maps.fourier import forward, inverse, spatial_frequency
 from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
 from cryored.maps.volume import Volume, raised_cosine, window
 from cryored.prior import device
-from cryored.prior.models import Model, check_uncertainty, check_weights, find_model, load_network
+from cryored.prior.models import Model, check_uncertainty, load_network
 from cryored.prior.network import LOG_VARIANCE, condition
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_TILE = 144  # voxels at the model's pixel size; 112 voxels cubed need about 0.5 GB
 _MARGIN = 8  # voxels of solvent around the map: what convolutions pad with at the faces is not quite solvent to them
 _OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner half of them
-_BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
-_SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
 _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
 
 Array = npt.NDArray[np.float32]
@@ -358,140 +356,6 @@ class Denoiser:
             return output[..., 0]
         variance = np.exp(np.clip(output[..., 1], *LOG_VARIANCE))
         return np.stack([output[..., 0], variance], axis=1).reshape(-1, *data.shape[1:])
-
-
-def denoise_file(
-    path: str,
-    output: str,
-    *,
-    model: str,
-    half2: str | None = None,
-    fsc: str | None = None,
-    mask: str | None = None,
-    uncertainty: str | None = None,
-    chimerax: str | None = None,
-    angpix: float | None = None,
-    rotations: int = 1,
-    tile: int = DEFAULT_TILE,
-    gpu: bool | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Denoise one map file; see `Denoiser` and the help of ``cryored denoise``.
-
-    Parameters
-    ----------
-    path, output : str
-        MRC files, or ``-``.
-    model : str
-        Name or folder.
-    half2, fsc : str, optional
-        The other half-map, or an FSC table: `path` is then a raw half-map and is weighted by the FSC first.
-    mask : str, optional
-        Soft mask that multiplies the results.
-    uncertainty : str, optional
-        MRC file for the standard deviation of the remaining error, or ``-``.
-    chimerax : str, optional
-        Script that shows both maps (see `cryored.files.chimerax`).
-
-    Raises
-    ------
-    InputError, OutputError, ModelError
-        An input cannot be used, an output cannot be written, or the model tells no uncertainty that is asked for.
-    """
-    from cryored.files.chimerax import coloured_surface
-    from cryored.files.mrc import read_volume, write_volume
-    from cryored.files.output import check_target, write_text
-
-    for target in (output, uncertainty, chimerax):
-        if target is not None:
-            check_target(target, overwrite)
-    found = find_model(model)
-    if uncertainty is not None:
-        check_uncertainty(found)
-    check_weights(found)
-    volume = read_volume(path, angpix=angpix)
-    if volume.voxel_size <= 0:
-        raise InputError(f"{path}: pixel size 0 (unknown) in the header, expected angstrom; give it with --angpix")
-    mask_data = None
-    if mask is not None:
-        mask_data = read_volume(mask).data
-        if mask_data.shape != volume.shape:
-            raise InputError(f"{mask}: shape {mask_data.shape} (z, y, x), expected that of {path}, {volume.shape}")
-    if _is_inverted(volume):
-        logger.warning(
-            "%s: density is dark on bright (at %g A the map is skewed to negative values), as of particles whose "
-            "contrast was not inverted; the prior knows bright density only: multiply the map by -1 first",
-            path,
-            max(_BLUR, 4 * volume.voxel_size),
-        )
-    if found.card.input == "unregularised" and (half2 or fsc):
-        logger.info("%s takes raw maps: %s is not weighted by an FSC", found.card.name, path)
-    curve = _known_fsc(volume, path, half2, fsc, found, threads)
-    volume = _weighted(volume, path, curve, found, threads)
-    denoiser = Denoiser(found, gpu=gpu, threads=threads, tile=tile, rotations=rotations)
-    results = [denoiser(volume, curve)] if uncertainty is None else [*denoiser.with_uncertainty(volume, curve)]
-    if denoiser.device_name:
-        logger.info("denoised with %s on %s", found.card.name, denoiser.device_name)
-    else:
-        logger.info("%s is constant: returned as it is", path)
-    if mask_data is not None:
-        results = [result.with_data(result.data * mask_data) for result in results]
-    by = f"{found.card.name} {found.card.sha256[:8]} rotations {rotations}"
-    write_volume(output, results[0], label=f"denoise {by}")
-    if uncertainty is not None:
-        write_volume(uncertainty, results[1], label=f"denoise uncertainty {by}")
-        if chimerax is not None:
-            write_text(chimerax, coloured_surface(chimerax, output, uncertainty, results[0], results[1]))
-
-
-def _is_inverted(volume: Volume) -> bool:
-    """Tell whether molecules are dark: blurred, they are the few values that differ from the solvent's many."""
-    blurred = low_pass(volume.data, volume.voxel_size, max(_BLUR, 4 * volume.voxel_size)).astype(np.float64)
-    spread = blurred.std()
-    return bool(spread > 0 and ((blurred - blurred.mean()) ** 3).mean() < -_SKEWED * spread**3)
-
-
-def _known_fsc(
-    volume: Volume, path: str, half2: str | None, fsc: str | None, model: Model, threads: int | None
-) -> Curve | None:
-    """Return the half-maps' FSC in the map's shells, where it is given and the model has a use for it."""
-    from cryored.files.fsc_tables import read_fsc_table
-    from cryored.files.mrc import read_volume
-    from cryored.maps.fsc import shell_correlation
-
-    if model.card.input == "unregularised" and not model.card.knots:
-        return None
-    if half2 is not None:
-        other = read_volume(half2)
-        if other.shape != volume.shape:
-            raise InputError(f"{half2}: shape {other.shape} (z, y, x), expected that of {path}, {volume.shape}")
-        if np.array_equal(volume.data, other.data):
-            raise InputError(
-                f"{path} and {half2} are the same map, expected the two independent half-maps; an FSC of 1 would "
-                "pass all noise to the network"
-            )
-        return shell_correlation(volume.data, other.data, threads=threads)
-    if fsc is not None:
-        curve = read_fsc_table(fsc)
-        shells = np.arange(max(volume.shape) // 2 + 1) / (max(volume.shape) * volume.voxel_size)
-        # A table that ends early knows nothing beyond: no weight there.
-        return np.interp(shells, curve.frequency, curve.fsc, right=0.0)
-    return None
-
-
-def _weighted(volume: Volume, path: str, curve: Curve | None, model: Model, threads: int | None) -> Volume:
-    """Weight a raw half-map by its FSC, where the network wants that."""
-    if model.card.input == "unregularised":
-        return volume
-    if curve is None:
-        logger.info(
-            "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
-            "--half2 or --fsc",
-            path,
-        )
-        return volume
-    return volume.with_data(apply_shells(volume.data, np.clip(curve, 0.0, 1.0), threads))
 
 
 def _least_tile(multiple: int) -> int:

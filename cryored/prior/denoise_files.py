@@ -1,0 +1,375 @@
+"""Denoise maps in files: what ``cryored denoise`` does."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cryored.errors import InputError
+from cryored.files.chimerax import coloured_surface
+from cryored.files.fsc_tables import read_fsc_table
+from cryored.files.jobs import read_job
+from cryored.files.mrc import read_volume, write_volume
+from cryored.files.output import check_target, write_text
+from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
+from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation, whole_set_fsc
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import DEFAULT_TILE, Denoiser
+from cryored.prior.falloff import sharpened, sharpening
+from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
+
+logger = logging.getLogger(__name__)
+
+_BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
+_SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
+_SHARPENED = 25.0  # B factor in square angstrom from which on a map counts as sharpened; others have -20 to 20
+_DEAR = 2.0e8  # voxels at the model's pixel size, from which on a map takes ten minutes and more on a CPU
+_BYTES, _SECONDS = 40, 4e-7  # per such voxel, on a CPU
+_ACTIVE = 0.01  # relative change of a shell from which on the prior did something there
+
+Curve = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class DenoiseOptions:
+    """How a map is denoised, and what is written besides.
+
+    Parameters
+    ----------
+    model : str
+        Name or folder.
+    half2, fsc : str, optional
+        The other half-map, or an FSC table: the map is then a raw half-map and is weighted by the FSC first.
+    mask : str, optional
+        Soft mask: the FSC of two half-maps is that within it, corrected; and the results are multiplied by it.
+    uncertainty : str, optional
+        MRC file for the standard deviation of the remaining error, or ``-``.
+    difference : str, optional
+        MRC file for the result minus what the network got.
+    chimerax : str, optional
+        Script that shows both maps (see `cryored.files.chimerax`).
+    plot : str, optional
+        PNG of slices, FSC and power.
+    bfactor : float, optional
+        Sharpen the result by so many square angstrom, negative as RELION has it.
+    angpix : float, optional
+        Pixel size in angstrom, instead of the one in the file.
+    rotations, tile, gpu, threads
+        See `Denoiser`.
+    force : bool
+        Insist on a map for which the model is not made, or that takes very long.
+    overwrite : bool
+        Replace existing outputs.
+    """
+
+    model: str = DEFAULT_MODEL
+    half2: str | None = None
+    fsc: str | None = None
+    mask: str | None = None
+    uncertainty: str | None = None
+    difference: str | None = None
+    chimerax: str | None = None
+    plot: str | None = None
+    bfactor: float | None = None
+    angpix: float | None = None
+    rotations: int = 1
+    tile: int = DEFAULT_TILE
+    gpu: bool | None = None
+    threads: int | None = None
+    force: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A map on its way to the network.
+
+    Parameters
+    ----------
+    name : str
+    volume : Volume
+        As the network gets it: weighted where that is called for, not sharpened.
+    fsc : (max(shape) // 2 + 1,) float64 or None
+        What the network is told of it.
+    sharpening : float
+        By how many square angstrom it was sharpened, which is undone in `volume`.
+    """
+
+    name: str
+    volume: Volume
+    fsc: Curve | None
+    sharpening: float = 0.0
+
+
+def denoise_file(path: str, output: str, options: DenoiseOptions = DenoiseOptions()) -> None:
+    """Denoise one map file; see `Denoiser` and the help of ``cryored denoise``.
+
+    Parameters
+    ----------
+    path, output : str
+        MRC files, or ``-``. With ``options.half2`` the result is of the first half alone.
+    options : DenoiseOptions
+
+    Raises
+    ------
+    InputError, OutputError, ModelError
+        An input cannot be used, an output cannot be written, or the model tells no uncertainty that is asked for.
+    """
+    model = _begin(output, options)
+    volume = _read(path, options)
+    mask = _read_mask(options.mask, path, volume)
+    fsc = None
+    if model.card.input == "regularised" or model.card.knots:
+        fsc = _given_fsc(path, volume, mask, options)
+    _denoise(_source(path, volume, fsc, model, options), mask, output, model, options)
+
+
+def denoise_halves(half1: str, half2: str, output: str, options: DenoiseOptions = DenoiseOptions()) -> None:
+    """Denoise the average of two raw half-maps, weighted by what their FSC makes of the whole data set.
+
+    The average's FSC to the truth is sqrt(2 f / (1 + f)), by which RELION weights its joined map (Rosenthal & Henderson
+    2003).
+
+    Parameters
+    ----------
+    half1, half2, output : str
+        MRC files, one of them or the output ``-``.
+    options : DenoiseOptions
+        Its ``half2`` and ``fsc`` are not looked at.
+    """
+    model = _begin(output, options)
+    first, second = _read(half1, options), _read(half2, options)
+    mask = _read_mask(options.mask, half1, first)
+    fsc = np.sqrt(whole_set_fsc(_half_fsc(half1, first, half2, second, mask, options)))
+    average = first.with_data((first.data + second.data) / 2)
+    source = _source(f"the average of {half1} and {half2}", average, fsc, model, options)
+    _denoise(source, mask, output, model, options)
+
+
+def denoise_job(folder: str, output: str, options: DenoiseOptions = DenoiseOptions()) -> None:
+    """Denoise the average of a RELION job's unfiltered half-maps; its mask and pixel size stand in for those not given.
+
+    Raises
+    ------
+    InputError
+        The folder is no job's, or holds no half-maps (yet).
+    """
+    job = read_job(folder)
+    half1, half2 = job.need_halves()
+    mask = options.mask if options.mask is not None or job.mask is None else str(job.mask)
+    logger.info("%s and %s, %s", half1, half2, "no mask" if mask is None else f"mask {mask}")
+    angpix = job.pixel_size if options.angpix is None else options.angpix
+    denoise_halves(str(half1), str(half2), output, replace(options, mask=mask, angpix=angpix))
+
+
+def _begin(output: str, options: DenoiseOptions) -> Model:
+    """Check where results go, and the model, before anything large is read."""
+    for target in (output, options.uncertainty, options.difference, options.chimerax, options.plot):
+        if target is not None:
+            check_target(target, options.overwrite)
+    model = find_model(options.model)
+    if options.uncertainty is not None:
+        check_uncertainty(model)
+    check_weights(model)
+    return model
+
+
+def _read(path: str, options: DenoiseOptions) -> Volume:
+    volume = read_volume(path, angpix=options.angpix)
+    if volume.voxel_size <= 0:
+        raise InputError(f"{path}: pixel size 0 (unknown) in the header, expected angstrom; give it with --angpix")
+    return volume
+
+
+def _read_mask(mask: str | None, path: str, volume: Volume) -> npt.NDArray[np.float32] | None:
+    if mask is None:
+        return None
+    data = read_volume(mask).data
+    if data.shape != volume.shape:
+        raise InputError(f"{mask}: shape {data.shape} (z, y, x), expected that of {path}, {volume.shape}")
+    return np.asarray(data, dtype=np.float32)
+
+
+def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options: DenoiseOptions) -> _Source:
+    """Return what the network gets, and say what was made of the map for that."""
+    _check_range(path, volume, model.card, options.force)
+    if _is_inverted(volume):
+        logger.warning(
+            "%s: density is dark on bright (at %g A the map is skewed to negative values), as of particles whose "
+            "contrast was not inverted; the prior knows bright density only: multiply the map by -1 first",
+            path,
+            max(_BLUR, 4 * volume.voxel_size),
+        )
+    if model.card.input == "unregularised":
+        if options.half2 or options.fsc:
+            logger.info("%s takes raw maps: %s is not weighted by an FSC", model.card.name, path)
+        return _Source(path, volume, fsc)
+    if fsc is not None:
+        weights = np.clip(fsc, 0.0, 1.0)
+        return _Source(path, volume.with_data(apply_shells(volume.data, weights, options.threads)), fsc)
+    logger.info(
+        "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
+        "--half2 or --fsc",
+        path,
+    )
+    bfactor = sharpening(volume)
+    if bfactor < _SHARPENED:
+        return _Source(path, volume, None)
+    logger.warning(
+        "%s is sharpened, by a B factor of about -%.0f A^2 against maps inside a refinement, which the prior knows: it "
+        "is blurred by as much for the network, and the result sharpened again",
+        path,
+        bfactor,
+    )
+    blurred = sharpened(volume.data, volume.voxel_size, -bfactor, options.threads)
+    return _Source(path, volume.with_data(blurred), None, bfactor)
+
+
+def _check_range(path: str, volume: Volume, card: ModelCard, force: bool) -> None:
+    """Refuse a map in which the model knows nothing, or that takes very long; warn of one that ends early."""
+    fine, coarse = card.resolution_range
+    end = 2 * volume.voxel_size
+    voxels = math.prod(n * volume.voxel_size / card.pixel_size for n in volume.shape)
+    known = f"{card.name} is made for maps resolved to {fine:g} to {coarse:g} A, at {card.pixel_size:g} A/pixel"
+    if end >= coarse and not force:
+        raise InputError(
+            f"{path}: pixel size {volume.voxel_size:g} A, so nothing finer than {end:g} A is in it; {known}: expected "
+            "a finer map; --force insists"
+        )
+    if voxels > _DEAR and not force:
+        size = " x ".join(map(str, reversed(volume.shape)))
+        raise InputError(
+            f"{path}: {size} voxels of {volume.voxel_size:g} A are {voxels:.2g} at the "
+            f"model's {card.pixel_size:g} A: about {voxels * _BYTES / 2**30:.0f} GiB of memory and "
+            f"{voxels * _SECONDS / 60:.0f} min on a CPU; crop the map to the molecule, or --force"
+        )
+    if end > (fine * coarse) ** 0.5:
+        logger.warning("%s ends at %g A; %s", path, end, known)
+
+
+def _given_fsc(
+    path: str, volume: Volume, mask: npt.NDArray[np.float32] | None, options: DenoiseOptions
+) -> Curve | None:
+    """Return the half-maps' FSC in the map's shells, where it is given."""
+    if options.half2 is not None:
+        return _half_fsc(path, volume, options.half2, read_volume(options.half2), mask, options)
+    if options.fsc is None:
+        return None
+    table = read_fsc_table(options.fsc)
+    longest = max(volume.shape)
+    shells = np.arange(longest // 2 + 1) / (longest * volume.voxel_size)
+    # A table that ends early knows nothing beyond: no weight there. Its last shell may differ by rounding.
+    inside = shells <= table.frequency[-1] * (1 + 1e-4)
+    return np.where(inside, np.interp(shells, table.frequency, table.fsc), 0.0)
+
+
+def _half_fsc(
+    path1: str,
+    first: Volume,
+    path2: str,
+    second: Volume,
+    mask: npt.NDArray[np.float32] | None,
+    options: DenoiseOptions,
+) -> Curve:
+    """Return the FSC of two half-maps, corrected for the mask where there is one."""
+    if second.shape != first.shape:
+        raise InputError(f"{path2}: shape {second.shape} (z, y, x), expected that of {path1}, {first.shape}")
+    if np.array_equal(first.data, second.data):
+        raise InputError(
+            f"{path1} and {path2} are the same map, expected the two independent half-maps; an FSC of 1 would "
+            "pass all noise to the network"
+        )
+    if mask is None:
+        return shell_correlation(first.data, second.data, threads=options.threads)
+    rng = np.random.default_rng(0)
+    return masked_correlation(first.data, second.data, mask, rng=rng, threads=options.threads).corrected
+
+
+def _denoise(
+    source: _Source,
+    mask: npt.NDArray[np.float32] | None,
+    output: str,
+    model: Model,
+    options: DenoiseOptions,
+) -> None:
+    denoiser = Denoiser(model, gpu=options.gpu, threads=options.threads, tile=options.tile, rotations=options.rotations)
+    volume = source.volume
+    if options.uncertainty is None:
+        results = [denoiser(volume, source.fsc)]
+    else:
+        results = [*denoiser.with_uncertainty(volume, source.fsc)]
+    given = volume
+    finish = _finisher(source, mask, options)
+    given, results = finish(given), [finish(result) for result in results]
+    if denoiser.device_name:
+        logger.info("denoised with %s on %s", model.card.name, denoiser.device_name)
+        _tell(source, volume, given, results[0], mask, options)
+    else:
+        logger.info("%s is constant: returned as it is", source.name)
+    by = f"{model.card.name} {model.card.sha256[:8]} rotations {options.rotations}"
+    write_volume(output, results[0], label=f"denoise {by}")
+    difference = results[0].with_data(results[0].data - given.data)
+    if options.difference is not None:
+        write_volume(options.difference, difference, label=f"denoise difference {by}")
+    if options.uncertainty is not None:
+        write_volume(options.uncertainty, results[1], label=f"denoise uncertainty {by}")
+    if options.chimerax is not None and options.uncertainty is not None:
+        script = coloured_surface(options.chimerax, output, options.uncertainty, results[0], results[1])
+        write_text(options.chimerax, script)
+    if options.plot is not None:
+        from cryored.prior.denoise_pictures import draw_denoised
+
+        draw_denoised(options.plot, given, results[0])
+
+
+def _finisher(
+    source: _Source, mask: npt.NDArray[np.float32] | None, options: DenoiseOptions
+) -> Callable[[Volume], Volume]:
+    """Return what is done with every map that is written: sharpened again, sharpened more, masked."""
+    bfactor = source.sharpening - (options.bfactor or 0.0)
+
+    def finish(volume: Volume) -> Volume:
+        data = volume.data
+        if bfactor:
+            data = sharpened(data, volume.voxel_size, bfactor, options.threads)
+        return volume.with_data(data if mask is None else data * mask)
+
+    return finish
+
+
+def _tell(
+    source: _Source,
+    seen: Volume,
+    given: Volume,
+    result: Volume,
+    mask: npt.NDArray[np.float32] | None,
+    options: DenoiseOptions,
+) -> None:
+    """Say by what the map was weighted, by how much it was changed, and to which resolution."""
+    frequency = np.arange(max(seen.shape) // 2 + 1) / (max(seen.shape) * seen.voxel_size)
+    weighted = "not weighted"
+    if source.fsc is not None:
+        inside = "" if mask is None else " within the mask"
+        at = nominal_resolution(frequency, np.asarray(source.fsc, dtype=np.float64))
+        weighted = f"weighted by its FSC{inside} (0.143 at {at:.2f} A)"
+    difference = result.data - given.data
+    norm = float(np.linalg.norm(given.data))
+    changed = float(np.linalg.norm(difference)) / norm if norm else 0.0
+    before = shell_power(forward(given.data, options.threads), given.shape)
+    after = shell_power(forward(difference, options.threads), given.shape)
+    active = np.flatnonzero(after > _ACTIVE**2 * np.maximum(before, before.max() * 1e-9))
+    active = active[active > 0]
+    reach = f"active to {1 / frequency[active[-1]]:.2f} A" if active.size else "active nowhere"
+    logger.info("%s: %s, changed by %.0f %%, %s", source.name, weighted, 100 * changed, reach)
+
+
+def _is_inverted(volume: Volume) -> bool:
+    """Tell whether molecules are dark: blurred, they are the few values that differ from the solvent's many."""
+    blurred = low_pass(volume.data, volume.voxel_size, max(_BLUR, 4 * volume.voxel_size)).astype(np.float64)
+    spread = blurred.std()
+    return bool(spread > 0 and ((blurred - blurred.mean()) ** 3).mean() < -_SKEWED * spread**3)

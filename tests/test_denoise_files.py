@@ -1,0 +1,219 @@
+"""What ``cryored denoise`` makes of halves, masks, jobs, sharpened maps and maps that the model is not made for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy.ndimage import gaussian_filter
+
+from cryored.cli import cli
+from cryored.files.mrc import read_volume, write_volume
+from cryored.maps.fourier import apply_shells, low_pass
+from cryored.maps.fsc import masked_correlation, shell_correlation
+from cryored.maps.volume import Volume, soft_sphere
+from cryored.prior.denoise_files import DenoiseOptions, denoise_file
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.falloff import sharpened, sharpening
+from cryored.simulation.density import gaussian_map
+from cryored.simulation.structure import read_atoms
+
+DATA = Path(__file__).parent / "data"
+PKA = DATA / "postprocess_pka"
+HALVES = [PKA / f"run_half{half}_class001_unfil.mrc" for half in (1, 2)]
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path, monkeypatch):
+    """Make a model whose network finds no error, and note what it was given."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models" / "cwred"
+    folder.mkdir(parents=True)
+    (folder / "model.keras").write_bytes(b"weights")
+    card = {
+        "name": "cwred",
+        "input": "regularised",
+        "pixel_size": 1.5,
+        "width": 1,
+        "depth": 2,
+        "sha256": sha256(b"weights").hexdigest(),
+        "resolution_range": [3.0, 20.0],
+    }
+    (folder / "card.json").write_text(json.dumps(card))
+    monkeypatch.setenv("CRYORED_MODEL_PATH", str(tmp_path / "models"))
+    monkeypatch.setattr(Denoiser, "load", lambda self: setattr(self, "_loaded_on", "CPU"))
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: np.zeros_like(data))
+    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)
+
+
+@pytest.fixture
+def truth():
+    return gaussian_map(read_atoms(DATA / "structures" / "6M2B.cif.gz"), 64, 1.5, 3.0)
+
+
+def denoise(*arguments):
+    return CliRunner().invoke(cli, ["denoise", *map(str, arguments)])
+
+
+def of(path):
+    return read_volume(path).data
+
+
+# Both halves
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_halves_give_their_average_weighted_for_the_whole(masked):
+    words = ["--mask", PKA / "mask.mrc"] if masked else []
+    done = denoise("--half1", HALVES[0], "--half2", HALVES[1], "-o", "out.mrc", *words)
+    assert done.exit_code == 0, done.output
+    first, second, mask = of(HALVES[0]), of(HALVES[1]), of(PKA / "mask.mrc")
+    fsc = shell_correlation(first, second)
+    if masked:
+        fsc = masked_correlation(first, second, mask, rng=np.random.default_rng(0)).corrected
+    fsc = np.clip(fsc, 0, 1)
+    expected = apply_shells((first + second) / 2, np.sqrt(2 * fsc / (1 + fsc))) * (mask if masked else 1)
+    np.testing.assert_allclose(of("out.mrc"), expected, atol=1e-6 * np.abs(expected).max())
+    inside = " within the mask" if masked else ""
+    # Its FSC to the truth: 0.143 lies further out than that of the halves.
+    assert re.search(
+        rf"weighted by its FSC{inside} \(0.143 at 3\.\d\d A\), changed by 0 %, active nowhere", done.stderr
+    )
+
+
+def test_the_mask_takes_part_in_the_fsc_of_a_half():
+    found = {}
+    for name, words in (("whole", []), ("inside", ["--mask", PKA / "mask.mrc"])):
+        done = denoise(HALVES[0], "--half2", HALVES[1], "-o", "out.mrc", "--overwrite", *words)
+        found[name] = float(re.search(r"0.143 at ([\d.]+) A", done.stderr).group(1))
+    assert found["whole"] == 4.57
+    assert found["inside"] < 3.7  # RELION's own postprocess of it: 3.56 A
+
+
+def test_a_job_gives_the_average_of_its_halves():
+    folder = Path("Refine3D/job012")
+    folder.mkdir(parents=True)
+    for half in HALVES:
+        shutil.copy(half, folder / half.name)
+    assert denoise(folder, "-o", "job.mrc").exit_code == 0
+    assert denoise("--half1", HALVES[0], "--half2", HALVES[1], "-o", "out.mrc").exit_code == 0
+    np.testing.assert_array_equal(of("job.mrc"), of("out.mrc"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--half1", "a.mrc"],
+        ["--half2", "b.mrc"],
+        ["a.mrc", "--half1", "a.mrc", "--half2", "b.mrc"],
+        [".", "--half2", "b.mrc"],
+    ],
+)
+def test_usage(words):
+    assert denoise(*words, "-o", "out.mrc").exit_code == 2
+
+
+# Sharpened maps
+
+
+@pytest.mark.parametrize("bfactor", [-100, 0, 60, 120])
+@pytest.mark.parametrize("resolution", [4.0, 5.0])
+def test_sharpening_is_measured(truth, bfactor, resolution):
+    data = low_pass(sharpened(truth.data, 1.5, bfactor), 1.5, resolution)
+    assert sharpening(truth.with_data(data)) == pytest.approx(bfactor, abs=30)
+
+
+def test_noise_and_unfiltered_maps_are_not_taken_for_sharpened(truth):
+    noise = np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32)
+    assert sharpening(truth.with_data(noise)) == 0
+    assert sharpening(truth.with_data(truth.data * 0)) == 0
+    assert sharpening(read_volume(HALVES[0])) == 0
+
+
+def test_sharpening_is_undone_for_the_network_and_done_again(truth, monkeypatch, caplog):
+    seen = []
+    call = Denoiser.__call__
+    monkeypatch.setattr(Denoiser, "__call__", lambda self, volume, fsc: seen.append(volume) or call(self, volume, fsc))
+    plain = low_pass(truth.data, 1.5, 4.5).astype(np.float32)
+    write_volume("map.mrc", truth.with_data(sharpened(plain, 1.5, 90)), label="test")
+    denoise_file("map.mrc", "out.mrc")
+    found = int(re.search(r"is sharpened, by a B factor of about -(\d+) A\^2", caplog.text).group(1))
+    assert found == pytest.approx(90, abs=25)
+    assert np.linalg.norm(seen[0].data - sharpened(plain, 1.5, 90 - found)) < 0.02 * np.linalg.norm(plain)
+    np.testing.assert_allclose(of("out.mrc"), of("map.mrc"), atol=1e-5 * of("map.mrc").max())
+
+
+def test_the_result_is_sharpened_on_demand(truth):
+    write_volume("map.mrc", truth, label="test")
+    assert denoise("map.mrc", "-o", "out.mrc", "--bfactor", -80).exit_code == 0
+    np.testing.assert_allclose(of("out.mrc"), sharpened(truth.data, 1.5, 80), rtol=1e-4, atol=1e-4)
+
+
+# Maps that the model is not made for
+
+
+def test_a_map_without_anything_that_the_model_knows(tmp_path):
+    data = np.random.default_rng(0).standard_normal((64, 200, 180)).astype(np.float32)
+    write_volume("tomogram.mrc", Volume(data, 10.0), label="test")
+    begin = time.monotonic()
+    done = denoise("tomogram.mrc", "-o", "out.mrc")
+    assert done.exit_code == 1
+    assert (
+        "pixel size 10 A, so nothing finer than 20 A is in it; cwred is made for maps resolved to 3 to 20 A"
+        in done.stderr
+    )
+    assert time.monotonic() - begin < 5
+    assert not Path("out.mrc").exists()
+
+
+def test_a_dear_map_is_refused_unless_insisted_on(monkeypatch):
+    monkeypatch.setattr("cryored.prior.denoise_files._DEAR", 1e5)
+    data = gaussian_filter(np.random.default_rng(0).standard_normal((48, 48, 48)), 2).astype(np.float32)
+    write_volume("map.mrc", Volume(data, 2.0), label="test")
+    done = denoise("map.mrc", "-o", "out.mrc")
+    assert done.exit_code == 1
+    assert "48 x 48 x 48 voxels of 2 A are 2.6e+05 at the model's 1.5 A: about 0 GiB of memory" in done.stderr
+    assert denoise("map.mrc", "-o", "out.mrc", "--force").exit_code == 0
+
+
+def test_a_coarse_map_is_warned_of():
+    data = np.random.default_rng(0).standard_normal((32, 32, 32)).astype(np.float32)
+    write_volume("map.mrc", Volume(data, 4.2), label="test")
+    done = denoise("map.mrc", "-o", "out.mrc")
+    assert done.exit_code == 0
+    assert "map.mrc ends at 8.4 A; cwred is made for maps resolved to 3 to 20 A, at 1.5 A/pixel" in done.stderr
+
+
+# What is written besides
+
+
+def test_difference_and_picture(truth, monkeypatch):
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: 0.25 * data)
+    write_volume("map.mrc", truth.with_data(truth.data * soft_sphere(truth.shape, 20, 5)), label="test")
+    words = ["--difference", "diff.mrc", "--plot", "look.png", "--mask", "mask.mrc"]
+    write_volume("mask.mrc", truth.with_data(soft_sphere(truth.shape, 25, 5).astype(np.float32)), label="test")
+    done = denoise("map.mrc", "-o", "out.mrc", *words)
+    assert done.exit_code == 0, done.output
+    given = of("map.mrc") * of("mask.mrc")
+    np.testing.assert_allclose(of("diff.mrc"), of("out.mrc") - given, atol=1e-6)
+    changed = float(re.search(r"changed by (\d+) %", done.stderr).group(1))
+    assert changed == pytest.approx(100 * np.linalg.norm(of("diff.mrc")) / np.linalg.norm(given), abs=0.6)
+    assert Path("look.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_have_the_commands_defaults():
+    from cryored.cli.denoise import denoise as command
+
+    defaults = DenoiseOptions()
+    for option in command.params:
+        if option.name in vars(defaults):
+            assert option.default == getattr(defaults, option.name), option.name
