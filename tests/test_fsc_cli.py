@@ -428,3 +428,9 @@ def test_pipes_through_the_shell():
     assert done.stderr == ""
     curve = np.genfromtxt(io.StringIO(done.stdout), names=True, delimiter="\t")
     assert curve["fsc"][1] == pytest.approx(0.997721, abs=1e-5)
+
+
+def test_an_automatic_mask():
+    done = CliRunner().invoke(cli, ["fsc", str(HALF1), str(HALF2), "--mask", "auto", "--resolution-only"])
+    assert done.exit_code == 0, done.output
+    assert float(done.stdout) == pytest.approx(3.56, abs=0.15)  # relion_postprocess with a mask made by hand

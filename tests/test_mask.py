@@ -1,13 +1,21 @@
 """The mask around a map whose shape is known."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from cryored.cli import cli
 from cryored.errors import InputError
+from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import apply_shells
 from cryored.maps.mask import soft_mask
 from cryored.maps.volume import Volume, squared_distance
 
+DATA = Path(__file__).parent / "data"
 WIDTH = 15.0  # angstrom: so wide that the low-pass filter at 15 A leaves it as it is
 
 
@@ -57,3 +65,52 @@ def test_maps_without_a_mask():
         soft_mask(volume.with_voxel_size(0.0))
     with pytest.raises(InputError, match="at most -.* at 15 A, expected positive density; is it inverted"):
         soft_mask(volume.with_data(-volume.data - 1))
+
+
+# As RELION makes it
+
+
+@pytest.mark.relion
+@pytest.mark.skipif(shutil.which("relion_mask_create") is None, reason="relion_mask_create is not on the PATH")
+@pytest.mark.parametrize(("lowpass", "extend", "edge"), [(15, 3, 6), (10, 0, 5), (0, 2.5, 0), (20, 4, 3.5)])
+def test_is_relions_mask(tmp_path, monkeypatch, lowpass, extend, edge):
+    monkeypatch.chdir(tmp_path)
+    volume = read_volume(DATA / "relion_requests" / "pka_box64_pad1" / "truth.mrc")
+    rng = np.random.default_rng(0)
+    noisy = volume.data + 0.15 * volume.data.std() * rng.standard_normal(volume.shape).astype(np.float32)
+    write_volume("map.mrc", volume.with_data(noisy), label="test")
+    threshold = 0.8 * float(noisy.std())
+    numbers = {"lowpass": lowpass or -1, "ini_threshold": threshold, "extend_inimask": extend, "width_soft_edge": edge}
+    words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    subprocess.run(["relion_mask_create", "--i", "map.mrc", "--o", "relion.mrc", "--angpix", "1.5", *words], check=True)
+    ours = ["--threshold", threshold, "--lowpass", lowpass, "--extend", extend, "--edge", edge, "--islands"]
+    done = CliRunner().invoke(cli, ["mask", "map.mrc", "-o", "ours.mrc", *map(str, ours)])
+    assert done.exit_code == 0, done.output
+    found, expected = (read_volume(name).data for name in ("ours.mrc", "relion.mrc"))
+    # A voxel at the threshold itself may fall on either side by rounding.
+    assert np.mean(np.abs(found - expected) > 1e-5) < 1e-4
+
+
+def test_islands_are_left_out_and_the_threshold_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    volume = gaussian(48, 3.0)
+    island = np.roll(gaussian(48, 3.0).data, 20, axis=0)
+    data = volume.data.copy()
+    data[38:] += 0.5 * island[38:]
+    write_volume("map.mrc", volume.with_data(data), label="test")
+    for words, most in (([], 0), (["--islands"], 1)):
+        command = ["mask", "map.mrc", "-o", "mask.mrc", "--plot", "mask.png", "--overwrite", *words]
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 0, done.output
+        assert "threshold 0.2" in done.stderr
+        assert read_volume("mask.mrc").data[44:].max() == most
+    assert Path("mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_threshold_above_everything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_volume("map.mrc", gaussian(24, 3.0), label="test")
+    done = CliRunner().invoke(cli, ["mask", "map.mrc", "-o", "mask.mrc", "--threshold", "7"])
+    assert done.exit_code == 1
+    assert "map.mrc: nothing lies above the threshold of 7; the filtered map goes from" in done.stderr
+    assert not Path("mask.mrc").exists()

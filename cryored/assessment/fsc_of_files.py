@@ -23,6 +23,7 @@ from cryored.maps.fsc import (
     shell_correlation,
     shift_between,
 )
+from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Floats, Volume
 from cryored.prior.models import DEFAULT_MODEL
 
@@ -41,7 +42,7 @@ class FscOptions:
     Parameters
     ----------
     mask : path, optional
-        MRC file or ``-``, from 0 to 1.
+        MRC file or ``-``, from 0 to 1; ``auto`` makes it from the average of the two maps (see `relion_mask`).
     angpix : float, optional
         Pixel size in angstrom that replaces those of the headers.
     randomise_from : float, optional
@@ -89,7 +90,11 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
     names = (_name(map1), _name(map2))
     first, second = (read_volume(path, angpix=options.angpix) for path in (map1, map2))
     voxel_size = _check_maps(names, first, second)
-    mask = None if options.mask is None else _read_mask(options.mask, options.angpix, names[0], first)
+    mask = None
+    if options.mask == AUTO:
+        mask = relion_mask(first.with_data((first.data + second.data) / 2).with_voxel_size(voxel_size))[0].data
+    elif options.mask is not None:
+        mask = _read_mask(options.mask, options.angpix, names[0], first)
 
     def shell_at(resolution: float, option: str) -> int:
         if not voxel_size:

@@ -22,7 +22,7 @@ from cryored.files.output import is_stream
     type=options.PATH,
     metavar="MASK.mrc",
     help="Soft mask: the half-maps' FSC is that within it, corrected as `cryored fsc` does, and the results are "
-    "multiplied by it.",
+    "multiplied by it; auto makes one.",
 )
 @click.option(
     "--uncertainty",

@@ -23,7 +23,9 @@ from cryored.cli import options
 )
 @click.argument("map1", type=options.PATH)
 @click.argument("map2", type=options.PATH, required=False)
-@click.option("--mask", type=options.PATH, metavar="FILE.mrc", help="Mask from 0 to 1, in the same box.")
+@click.option(
+    "--mask", type=options.PATH, metavar="FILE.mrc", help="Mask from 0 to 1, in the same box; auto makes one."
+)
 @options.angpix
 @click.option(
     "--threshold",

@@ -1,4 +1,4 @@
-"""A soft-edged mask around what a map shows."""
+"""Soft-edged masks around what a map shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, label
 
 from cryored.errors import InputError
-from cryored.maps.fourier import low_pass
+from cryored.maps.fourier import forward, inverse, low_pass, spatial_frequency
 from cryored.maps.volume import Volume, raised_cosine
 
 
@@ -57,3 +57,65 @@ def soft_mask(
             inside = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
     outside = distance_transform_edt(~inside) * volume.voxel_size
     return volume.with_data(raised_cosine((outside - extend) / max(edge, 1e-6)).astype(np.float32))
+
+
+AUTO = "auto"  # in place of a mask's file: the one made from the maps themselves
+_AUTOMATIC = 0.2  # of the filtered map's peak: above the solvent's noise, within the molecule's density
+_FILTER_EDGE = 2.0  # shells
+
+
+def relion_mask(
+    volume: Volume,
+    *,
+    threshold: float | None = None,
+    resolution: float | None = 15.0,
+    extend: float = 3.0,
+    edge: float = 6.0,
+    largest: bool = True,
+) -> tuple[Volume, float]:
+    """Return the mask that relion_mask_create makes (RELION's autoMask, src/mask.cpp), and the threshold.
+
+    Parameters
+    ----------
+    volume : Volume
+    threshold : float, optional
+        Density of the filtered map from which on a voxel is inside; by default a fifth of its peak.
+    resolution : float, optional
+        Of the low-pass filter, in angstrom; None leaves the map as it is.
+    extend, edge : float
+        Voxels by which what is inside grows, and over which the mask then falls to 0.
+    largest : bool
+        Leave out what is not connected with the largest part, before it grows. RELION keeps it.
+
+    Raises
+    ------
+    InputError
+        The voxel size is unknown, or nothing or everything lies above the threshold.
+    """
+    data = volume.data
+    if resolution is not None:
+        if volume.voxel_size <= 0:
+            raise InputError("the map's pixel size is 0 (unknown), expected angstrom; a low-pass filter needs it")
+        box = max(volume.shape)
+        radius = spatial_frequency(volume.shape, 1.0 / box)
+        shell = np.floor(box * volume.voxel_size / resolution + 0.5)
+        data = inverse(forward(data) * raised_cosine((radius - shell) / _FILTER_EDGE + 0.5), volume.shape)
+    if threshold is None:
+        threshold = _AUTOMATIC * float(data.max())
+    inside = data >= threshold
+    if not inside.any() or inside.all():
+        raise InputError(
+            f"{'nothing' if not inside.any() else 'everything'} lies above the threshold of {threshold:g}; the filtered "
+            f"map goes from {data.min():g} to {data.max():g}"
+        )
+    if largest:
+        parts, number = label(inside)
+        if number > 1:
+            inside = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    if extend > 0:
+        inside = distance_transform_edt(~inside) < extend
+    mask = inside.astype(np.float32)
+    if edge > 0:
+        distance = distance_transform_edt(~inside)
+        mask = np.where(inside | (distance < edge), raised_cosine(distance / edge), 0.0).astype(np.float32)
+    return volume.with_data(mask), threshold

@@ -18,6 +18,7 @@ from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_target, write_text
 from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
 from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation, whole_set_fsc
+from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import DEFAULT_TILE, Denoiser
 from cryored.prior.falloff import sharpened, sharpening
@@ -47,6 +48,7 @@ class DenoiseOptions:
         The other half-map, or an FSC table: the map is then a raw half-map and is weighted by the FSC first.
     mask : str, optional
         Soft mask: the FSC of two half-maps is that within it, corrected; and the results are multiplied by it.
+        ``auto`` makes it from the map (see `relion_mask`).
     uncertainty : str, optional
         MRC file for the standard deviation of the remaining error, or ``-``.
     difference : str, optional
@@ -144,9 +146,11 @@ def denoise_halves(half1: str, half2: str, output: str, options: DenoiseOptions 
     """
     model = _begin(output, options)
     first, second = _read(half1, options), _read(half2, options)
-    mask = _read_mask(options.mask, half1, first)
-    fsc = np.sqrt(whole_set_fsc(_half_fsc(half1, first, half2, second, mask, options)))
+    if second.shape != first.shape:
+        raise InputError(f"{half2}: shape {second.shape} (z, y, x), expected that of {half1}, {first.shape}")
     average = first.with_data((first.data + second.data) / 2)
+    mask = _read_mask(options.mask, half1, average)
+    fsc = np.sqrt(whole_set_fsc(_half_fsc(half1, first, half2, second, mask, options)))
     source = _source(f"the average of {half1} and {half2}", average, fsc, model, options)
     _denoise(source, mask, output, model, options)
 
@@ -189,6 +193,8 @@ def _read(path: str, options: DenoiseOptions) -> Volume:
 def _read_mask(mask: str | None, path: str, volume: Volume) -> npt.NDArray[np.float32] | None:
     if mask is None:
         return None
+    if mask == AUTO:
+        return np.asarray(relion_mask(volume)[0].data, dtype=np.float32)
     data = read_volume(mask).data
     if data.shape != volume.shape:
         raise InputError(f"{mask}: shape {data.shape} (z, y, x), expected that of {path}, {volume.shape}")
