@@ -75,8 +75,17 @@ angpix = click.option(
     metavar="ANGSTROM",
     help="Pixel size in angstrom, instead of the one in the file.",
 )
+
+
+def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from cryored.prior.models import list_models
+
+    return [name for name, _ in list_models() if name.startswith(incomplete)]
+
+
 model = click.option(
     "--model",
+    shell_complete=_complete_model,
     default=DEFAULT_MODEL,
     show_default=True,
     metavar="NAME_OR_PATH",

@@ -105,7 +105,7 @@ def relion_mask(
     inside = data >= threshold
     if not inside.any() or inside.all():
         raise InputError(
-            f"{'nothing' if not inside.any() else 'everything'} lies above the threshold of {threshold:g}; the filtered "
+            f"{'everything' if inside.any() else 'nothing'} lies above the threshold of {threshold:g}; the filtered "
             f"map goes from {data.min():g} to {data.max():g}"
         )
     if largest:

@@ -116,6 +116,20 @@ def find_model(name_or_path: str) -> Model:
     return Model(folder, card)
 
 
+def list_models() -> list[tuple[str, Model | ModelError]]:
+    """Return all models in `model_folders` by name; in place of one whose card cannot be used, the reason."""
+    found: dict[str, Model | ModelError] = {}
+    for folder in model_folders():
+        for path in sorted(folder.glob(f"*/{CARD}")):
+            name = path.parent.name
+            if name not in found:  # the first folder wins, as in `find_model`
+                try:
+                    found[name] = find_model(name)
+                except ModelError as error:
+                    found[name] = error
+    return sorted(found.items())
+
+
 def _check_card(card: ModelCard, path: Path) -> None:
     """Refuse a card whose fields are not what `ModelCard` says, naming field, found and expected."""
 
