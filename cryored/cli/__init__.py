@@ -22,6 +22,7 @@ COMMANDS = {
     "lambda-schedule": "Derive the weight of the prior from a resolution.",
     "watch": "Serve the requests of a running refinement with the model resident.",
     "report": "Make the report of a refinement from its logs.",
+    "doctor": "Look whether everything is in place for a refinement.",
     "models": "List the models, or tell of one what it is for.",
     "mask": "Make a soft-edged mask from a map.",
     "relion-path": "Print the folder that makes RELION 5's Blush check box use cryored.",

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from cryored.errors import InputError, OutputError
 
@@ -76,6 +77,24 @@ class Presence:
         self._tail = os.fsencode("".join(f"{line}\n" for line in lines))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="beat", daemon=True)
+
+    @staticmethod
+    def look(run_dir: str | os.PathLike[str]) -> Literal["serving", "ended", "died"] | None:
+        """Tell what the watcher of a folder does, None where there is none.
+
+        One on another host that has died counts as serving: the beat is not waited for.
+
+        Raises
+        ------
+        OutputError
+            The file is none of a watcher's.
+        """
+        found = Presence(run_dir, ())._found()
+        if found is None:
+            return None
+        if _has_ended(found):
+            return "ended"
+        return "died" if _is_dead(found) else "serving"
 
     def __enter__(self) -> Presence:
         """Take the place and begin to beat."""
