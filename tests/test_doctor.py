@@ -206,7 +206,7 @@ def test_the_blush_call(project, monkeypatch):
 
 def test_another_program_is_told(monkeypatch, project):
     other = project / "other"
-    other.write_text("#!/bin/sh\ncp run_it001_half1_class001_external_reconstruct_weight.mrc ${1%.star}.mrc\n")
+    other.write_text("#!/bin/sh\ncp ${1%.star}_weight.mrc ${1%.star}.mrc\n")
     other.chmod(0o755)
     monkeypatch.setenv(VARIABLE, str(other))
     finding = only(doctor.hook)

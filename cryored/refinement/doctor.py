@@ -230,7 +230,6 @@ def _call(setup: Setup, subject: str, value: str, command: str, good: Callable[[
             done = subprocess.run(
                 command.replace("STAR", star),
                 shell=True,
-                cwd=place,
                 capture_output=True,
                 text=True,
                 timeout=setup.timeout,
@@ -256,7 +255,7 @@ def _call(setup: Setup, subject: str, value: str, command: str, good: Callable[[
 
 def _dry_request(place: Path) -> str:
     """Write a request such as RELION 5 writes, of a blob with noise, and return its name."""
-    root = "run_it001_half1_class001_external_reconstruct"
+    root = str(place.resolve() / "run_it001_half1_class001_external_reconstruct")
     rng = np.random.default_rng(0)
     shape = (_BOX, _BOX, _BOX // 2 + 1)
     full, half = frequencies(_BOX), half_frequencies(_BOX)
@@ -269,7 +268,7 @@ def _dry_request(place: Path) -> str:
         "weight": weight,
     }
     for name, array in arrays.items():
-        write_volume(place / f"{root}_{name}.mrc", Volume(np.asarray(array, dtype=np.float32), 0.0), label="doctor")
+        write_volume(f"{root}_{name}.mrc", Volume(np.asarray(array, dtype=np.float32), 0.0), label="doctor")
     shells = np.arange(_BOX // 2 + 1)
     fsc = np.clip(1.2 - shells / 6, 0.0, 0.999)
     general = {
@@ -290,7 +289,7 @@ def _dry_request(place: Path) -> str:
         "rlnReferenceTau2": fsc / (1 - fsc) / 100,
         "rlnGoldStandardFsc": fsc,
     }
-    write_star(place / f"{root}.star", {"external_reconstruct_general": general, "external_reconstruct_tau2": table})
+    write_star(f"{root}.star", {"external_reconstruct_general": general, "external_reconstruct_tau2": table})
     return f"{root}.star"
 
 
