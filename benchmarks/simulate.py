@@ -27,10 +27,10 @@ def projections(folder: Path, number: int, repeat: int) -> list[float]:
     from cryored.files.mrc import read_volume
     from cryored.files.star import read_star
     from cryored.reconstruction.projection import Projector, rotation_matrices
-    from cryored.simulation.particles import simulate_particles_file
+    from cryored.simulation.particles import ParticleOptions, simulate_particles_file
 
     os.chdir(folder)
-    simulate_particles_file("map.mrc", "angles", number=number, snr=float("inf"), apply_ctf=False)
+    simulate_particles_file("map.mrc", "angles", ParticleOptions(number, float("inf"), apply_ctf=False))
     star = read_star("angles_truth.star")
     rotations = rotation_matrices(*(star.numbers("particles", f"rlnAngle{a}") for a in ("Rot", "Tilt", "Psi")))
     data = read_volume("map.mrc").data

@@ -20,7 +20,7 @@ from cryored.reconstruction.back_projection import BackProjector, half_map_corre
 from cryored.reconstruction.projection import Projector, images, random_rotations, rotation_matrices, shift_phases
 from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import reconstruct
-from cryored.simulation.particles import simulate_particles_file
+from cryored.simulation.particles import ParticleOptions, simulate_particles_file
 
 BOX = 32
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
@@ -151,7 +151,7 @@ def test_sums_are_those_of_relion_reconstruct(tmp_path, monkeypatch, pad):
     """With unit weights. RELION drops the images' zero frequency here, and rounding decides on |k| = r_max."""
     monkeypatch.chdir(tmp_path)
     write_volume("map.mrc", Volume(blobs(), 3.0), label="test")
-    simulate_particles_file("map.mrc", "sim", number=50, snr=float("inf"), apply_ctf=False)
+    simulate_particles_file("map.mrc", "sim", ParticleOptions(50, float("inf"), apply_ctf=False))
     command = f"relion_reconstruct --i sim_truth.star --o rec.mrc --pad {pad} --external_reconstruct"
     # The hook has only to end well, and this one does.
     monkeypatch.setenv("RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE", "cp map.mrc rec_external_reconstruct.mrc; true")

@@ -18,7 +18,7 @@ from cryored.maps.fsc import shell_correlation
 from cryored.maps.truth_scale import grey_scale
 from cryored.maps.volume import Volume
 from cryored.reconstruction.sums import load_sums
-from cryored.simulation.harvest import find_requests, harvest_files, harvest_request, overlap
+from cryored.simulation.harvest import HarvestOptions, find_requests, harvest_files, harvest_request, overlap
 from cryored.simulation.pair_table import read_pairs
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
@@ -50,7 +50,9 @@ def warned(caplog, monkeypatch):
 
 def harvest(run, **options):
     options = {"truth": str(run.parents[1] / "pka.mrc"), "folder": str(run.parents[1] / "pairs"), **options}
-    return harvest_files(str(options.pop("root", run)), **options)
+    places = [str(options.pop("root", run)), *(options.pop(name) for name in ("truth", "folder"))]
+    progress = {"progress": options.pop("progress")} if "progress" in options else {}
+    return harvest_files(*places, HarvestOptions(**options), **progress)
 
 
 def array(run, root, kind):

@@ -334,10 +334,10 @@ import sys
 from dataclasses import replace
 import numpy as np
 from cryored.prior import device
-from cryored.training.train import train_files
+from cryored.training.train import TrainOptions, train_files
 from small_pairs import TINY
 {prepare}
-train_files([sys.argv[1]], sys.argv[2], TINY, validation=sys.argv[3], gpu=False)
+train_files([sys.argv[1]], sys.argv[2], TINY, TrainOptions(validation=sys.argv[3], gpu=False))
 """
 ENGINES = {
     "tensorflow": """

@@ -32,7 +32,7 @@ from cryored.simulation.gaussian import draw_map, gaussian_pairs
 from cryored.simulation.methods import METHODS, find_method
 from cryored.simulation.pair_pictures import draw_pairs, spread
 from cryored.simulation.pair_table import Pair, log_summary, read_pairs, write_pairs
-from cryored.simulation.pairs import simulate_pairs_files
+from cryored.simulation.pairs import PairOptions, simulate_pairs_files
 from cryored.simulation.structure import Atoms, read_atoms
 
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
@@ -58,8 +58,9 @@ def structures(tmp_path_factory):
 
 
 def simulate(structures, folder, **changes):
-    arguments = {"number": 2, "box": BOX, "angpix": ANGPIX, "resolution": RESOLUTION, "seed": 3, **changes}
-    return simulate_pairs_files(structures, str(folder), **arguments)
+    progress = {"progress": changes.pop("progress")} if "progress" in changes else {}
+    chosen = {"number": 2, "box": BOX, "angpix": ANGPIX, "resolution": RESOLUTION, "seed": 3, **changes}
+    return simulate_pairs_files(structures, str(folder), PairOptions(**chosen), **progress)
 
 
 @pytest.fixture(scope="module")
@@ -642,10 +643,10 @@ def test_a_refinement_is_handed_on(made, tmp_path, monkeypatch):
         done = CliRunner().invoke(cli, ["simulate", "pairs", *words, *angpix])
         assert done.exit_code == 0, done.output
         assert done.stdout == f"{made / 'pairs.star'}\n"
-    assert [arguments for arguments, _ in calls] == 2 * [("run", "t.mrc", str(tmp_path))]
-    assert [options.pop("angpix") for _, options in calls] == [None, 1.5]  # the default is for simulated maps
-    calls[0][1].pop("progress")
-    assert calls[0][1] == {"name": "x", "float16": False, "manifest": "m.csv", "part": "train", "overwrite": False}
+    assert [arguments[:3] for arguments, _ in calls] == 2 * [("run", "t.mrc", str(tmp_path))]
+    given = [vars(arguments[3]).copy() for arguments, _ in calls]
+    assert [options.pop("angpix") for options in given] == [None, 1.5]  # the default is for simulated maps
+    assert given[0] == {"name": "x", "float16": False, "manifest": "m.csv", "part": "train", "overwrite": False}
 
 
 def test_an_existing_picture_is_seen_before_the_work(structures, tmp_path, assert_one_line_error):

@@ -358,7 +358,7 @@ def test_a_watcher_that_cannot_start_is_an_error(tmp_path):
 def done(experiment, refined, monkeypatch):
     """An experiment with two cells, a noise cell, and single passes by a model that changes nothing."""
 
-    def harvest(run, truth, folder, **options):
+    def harvest(run, truth, folder, options):
         answer = read_volume(truth)
         Path(folder).mkdir()
         rows = []

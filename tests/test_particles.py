@@ -27,9 +27,14 @@ from cryored.maps.fourier import forward, low_pass, shell_index
 from cryored.maps.volume import Volume
 from cryored.reconstruction.projection import angular_distance, ctf, rotation_matrices
 from cryored.simulation.noise import noise_filter, read_spectrum
-from cryored.simulation.particles import Microscope, simulate_particles_file
+from cryored.simulation.particles import Microscope, ParticleOptions, simulate_particles_file
 
 BOX, ANGPIX = 32, 3.0
+
+
+def simulate(map_path, stem, *, progress=lambda done, total: None, **options):
+    return simulate_particles_file(map_path, stem, ParticleOptions(**options), progress=progress)
+
 
 relion = [
     pytest.mark.relion,
@@ -119,7 +124,7 @@ def below(radius):
 
 
 def test_files(project):
-    simulate_particles_file("map.mrc", "sim", number=5, shift=1.0, perturb_angles=5.0, seed=3)
+    simulate("map.mrc", "sim", number=5, shift=1.0, perturb_angles=5.0, seed=3)
     assert {p.name for p in project.iterdir()} == {
         "map.mrc",
         "sim.mrcs",
@@ -157,29 +162,29 @@ def test_files(project):
 
 def test_image_names_follow_the_stem(project):
     (project / "Particles").mkdir()
-    simulate_particles_file("map.mrc", "Particles/sim", number=1)
+    simulate("map.mrc", "Particles/sim", number=1)
     names = read_star("Particles/sim.star").texts("particles", "rlnImageName")
     assert names == ["000001@Particles/sim.mrcs"]
 
 
 def test_without_ctf_there_is_no_defocus(project):
-    simulate_particles_file("map.mrc", "sim", number=1, apply_ctf=False)
+    simulate("map.mrc", "sim", number=1, apply_ctf=False)
     assert not read_star("sim.star").has_column("particles", "rlnDefocusU")
 
 
 def test_start_angles_are_off_by_what_was_asked_and_images_stay(project):
-    simulate_particles_file("map.mrc", "a", number=2000, perturb_angles=5.0, shift=2.0, scale=1.0)
+    simulate("map.mrc", "a", number=2000, perturb_angles=5.0, shift=2.0, scale=1.0)
     distance = angular_distance(rotations("a.star"), rotations("a_truth.star"))
     assert np.sqrt(np.mean(distance**2)) == pytest.approx(5.0, rel=0.05)
     origins = columns("a_truth.star", "OriginXAngst", "OriginYAngst")
     assert origins.std(axis=1) == pytest.approx(2.0 * ANGPIX, rel=0.05)
-    simulate_particles_file("map.mrc", "b", number=2000, shift=2.0, scale=1.0)
+    simulate("map.mrc", "b", number=2000, shift=2.0, scale=1.0)
     np.testing.assert_array_equal(rotations("b.star"), rotations("a_truth.star"))
     np.testing.assert_array_equal(mrcfile.read("b.mrcs"), mrcfile.read("a.mrcs"))
 
 
 def test_orientations_are_uniform(project):
-    simulate_particles_file("map.mrc", "sim", number=3000, snr=math.inf, apply_ctf=False)
+    simulate("map.mrc", "sim", number=3000, snr=math.inf, apply_ctf=False)
     rot, tilt, psi = columns("sim_truth.star", "AngleRot", "AngleTilt", "AnglePsi")
     uniform = {"rot": rot / 360, "tilt": -np.cos(np.deg2rad(tilt)) / 2, "psi": psi / 360}
     for name, sample in uniform.items():  # each within -0.5 to 0.5; the seed is fixed, so this decides once
@@ -189,7 +194,7 @@ def test_orientations_are_uniform(project):
 
 
 def test_reference_is_the_map_low_passed_and_scaled(project, truth):
-    result = simulate_particles_file("map.mrc", "sim", number=2, ini_high=24.0)
+    result = simulate("map.mrc", "sim", number=2, ini_high=24.0)
     reference = read_volume("sim_reference.mrc")
     assert reference.voxel_size == ANGPIX
     ratio = abs(forward(reference.data)) / abs(forward(truth.data)) / result.scale
@@ -209,8 +214,8 @@ def test_low_pass_beyond_nyquist_takes_nothing_below_it(truth):
 @pytest.mark.parametrize("snr", [0.01, 1.0])
 def test_signal_to_noise_ratio(project, snr, noise):
     options = {"number": 300, "shift": 1.0}
-    clean = simulate_particles_file("map.mrc", "clean", snr=math.inf, **options)
-    noisy = simulate_particles_file("map.mrc", "noisy", snr=snr, noise=noise, **options)
+    clean = simulate("map.mrc", "clean", snr=math.inf, **options)
+    noisy = simulate("map.mrc", "noisy", snr=snr, noise=noise, **options)
     assert clean.scale == 1.0
     signal = noisy.scale * mrcfile.read("clean.mrcs").astype(np.float64)
     hiss = mrcfile.read("noisy.mrcs") - signal
@@ -225,8 +230,8 @@ def test_signal_to_noise_ratio(project, snr, noise):
 
 
 def test_scale_multiplies_the_map(project):
-    simulate_particles_file("map.mrc", "clean", number=4, snr=math.inf)
-    result = simulate_particles_file("map.mrc", "noisy", number=4, scale=1e4)
+    simulate("map.mrc", "clean", number=4, snr=math.inf)
+    result = simulate("map.mrc", "noisy", number=4, scale=1e4)
     assert result.scale == 1e4
     noise = mrcfile.read("noisy.mrcs").astype(np.float64) - 1e4 * mrcfile.read("clean.mrcs").astype(np.float64)
     assert noise.std() == pytest.approx(1.0, rel=0.05)
@@ -244,13 +249,13 @@ def contents(stem):
 def test_same_seed_same_bytes(project, monkeypatch, noise, box):
     write_volume("map.mrc", Volume(blobs(box), ANGPIX), label="test")
     options = {"number": 30, "shift": 1.0, "perturb_angles": 3.0, "seed": 5, "noise": noise}
-    simulate_particles_file("map.mrc", "one", threads=1, **options)
+    simulate("map.mrc", "one", threads=1, **options)
     monkeypatch.setattr(cryored.simulation.particles, "_CHUNK_PIXELS", 7 * box**2)
-    simulate_particles_file("map.mrc", "two", threads=2, **options)
+    simulate("map.mrc", "two", threads=2, **options)
     monkeypatch.setattr(cryored.simulation.particles, "_RUN", 3)
-    simulate_particles_file("map.mrc", "three", threads=3, **options)
+    simulate("map.mrc", "three", threads=3, **options)
     assert contents("one") == contents("two") == contents("three")
-    simulate_particles_file("map.mrc", "other", **options | {"seed": 6})
+    simulate("map.mrc", "other", **options | {"seed": 6})
     assert contents("other")[0] != contents("one")[0]
 
 
@@ -261,7 +266,7 @@ def test_memory_does_not_grow_with_the_number(project, monkeypatch):
 
     def peak(number):
         # Counted from the first images on: before, the padded map's transform is the largest.
-        simulate_particles_file(
+        simulate(
             "map.mrc", "sim", number=number, overwrite=True, threads=1,
             progress=lambda done, _: tracemalloc.reset_peak() if done == 4 else None,
         )  # fmt: skip
@@ -288,7 +293,7 @@ def test_an_interrupted_run_leaves_nothing(project, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate_particles_file("map.mrc", "sim", number=10, progress=interrupt)
+        simulate("map.mrc", "sim", number=10, progress=interrupt)
     assert [p.name for p in project.iterdir()] == ["map.mrc"]
 
 
@@ -302,7 +307,7 @@ def kill(done, total):
     if done == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-particles.simulate_particles_file("map.mrc", "sim", number=10, progress=kill)
+particles.simulate_particles_file("map.mrc", "sim", particles.ParticleOptions(10), progress=kill)
 """
 
 
@@ -320,7 +325,7 @@ def test_a_killed_run_is_replaced_by_the_next(project, caplog):
     }
     for name in others:
         (project / name).write_bytes(b"")
-    simulate_particles_file("map.mrc", "sim", number=10)
+    simulate("map.mrc", "sim", number=10)
     assert f"{partial}: removed, as an interrupted run had left it" in caplog.text
     outputs = {"sim.mrcs", "sim.star", "sim_truth.star", "sim_reference.mrc"}
     assert {p.name for p in project.iterdir()} == {"map.mrc"} | outputs | others
@@ -328,10 +333,10 @@ def test_a_killed_run_is_replaced_by_the_next(project, caplog):
 
 
 def test_a_truncated_stack_is_replaced_whole(project):
-    simulate_particles_file("map.mrc", "sim", number=10)
+    simulate("map.mrc", "sim", number=10)
     whole = (project / "sim.mrcs").read_bytes()
     (project / "sim.mrcs").write_bytes(whole[: len(whole) // 2])
-    simulate_particles_file("map.mrc", "sim", number=10, overwrite=True)
+    simulate("map.mrc", "sim", number=10, overwrite=True)
     assert (project / "sim.mrcs").read_bytes() == whole
 
 
@@ -355,7 +360,7 @@ def test_a_full_disk_leaves_no_half_file(project, monkeypatch, owner, function, 
 
     monkeypatch.setattr(owner, function, fill_up)
     with pytest.raises(OutputError) as caught:
-        simulate_particles_file("map.mrc", "sim", number=10)
+        simulate("map.mrc", "sim", number=10)
     assert str(caught.value) == f"{file}: cannot be written: No space left on device"
     # The stack appears last: with it all is there.
     assert {p.name for p in project.iterdir()} <= {"map.mrc", "sim.star"}
@@ -378,9 +383,9 @@ def test_a_stack_that_the_file_system_refuses(project):
 def test_nothing_is_overwritten_unasked(project):
     (project / "sim_truth.star").write_text("mine")
     with pytest.raises(CryoredError, match=r"sim_truth\.star: exists already; add --overwrite"):
-        simulate_particles_file("map.mrc", "sim", number=1)
+        simulate("map.mrc", "sim", number=1)
     assert (project / "sim_truth.star").read_text() == "mine"
-    simulate_particles_file("map.mrc", "sim", number=1, overwrite=True)
+    simulate("map.mrc", "sim", number=1, overwrite=True)
     assert "rlnImageName" in (project / "sim_truth.star").read_text()
 
 
@@ -405,7 +410,7 @@ def test_nothing_is_overwritten_unasked(project):
 )
 def test_values_that_make_no_sense(project, options, message):
     with pytest.raises(InputError) as caught:
-        simulate_particles_file("map.mrc", **{"stem": "sim"} | options)
+        simulate("map.mrc", **{"stem": "sim"} | options)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [p.name for p in project.iterdir()] == ["map.mrc"]
 
@@ -428,7 +433,7 @@ def test_microscopes_that_do_not_exist(values):
 def test_maps_that_do_not_fit(project, shape, voxel_size, message):
     write_volume("bad.mrc", Volume(np.zeros(shape, dtype=np.float32), voxel_size), label="test")
     with pytest.raises(InputError) as caught:
-        simulate_particles_file("bad.mrc", "sim", number=1)
+        simulate("bad.mrc", "sim", number=1)
     assert str(caught.value).startswith("bad.mrc: ") and message in str(caught.value)
     assert not list(project.glob("*sim*"))
 
@@ -456,7 +461,7 @@ def test_options_reach_the_files(project):
         "--shift 1 --perturb-angles 4 --angpix 2.5 --seed 4 --threads 1 -q".split()
     )
     assert done.exit_code == 0 and done.stderr == ""
-    simulate_particles_file(
+    simulate(
         "map.mrc",
         "tool",
         number=20,
@@ -475,7 +480,7 @@ def test_options_reach_the_files(project):
 def test_scale_and_noise_reach_the_stack(project, model):
     done = invoke("map.mrc", "--output", "sim", "--number", "9", "--scale", "0.02", "--noise", model, "-q")
     assert done.exit_code == 0 and done.stderr == ""
-    simulate_particles_file("map.mrc", "tool", number=9, scale=0.02, noise=model)
+    simulate("map.mrc", "tool", number=9, scale=0.02, noise=model)
     assert contents("sim") == contents("tool")
 
 
@@ -502,7 +507,7 @@ def test_usage_errors(project, arguments, message):
 def test_map_from_standard_input(project, truth):
     result = invoke("-", "-o", "sim", "--number", "2", "--snr", "inf", input=(project / "map.mrc").read_bytes())
     assert result.exit_code == 0
-    simulate_particles_file("map.mrc", "file", number=2, snr=math.inf)
+    simulate("map.mrc", "file", number=2, snr=math.inf)
     assert contents("sim") == contents("file")
 
 
@@ -519,7 +524,7 @@ class TestRelion:
         There RELION interpolates towards zeros beyond Nyquist, and keeps Nyquist itself (measured: 0.1 and 0.2 %
         of the images, 2e-6 without that shell).
         """
-        simulate_particles_file("map.mrc", "sim", number=40, snr=math.inf, shift=1.5, apply_ctf=apply_ctf, threads=1)
+        simulate("map.mrc", "sim", number=40, snr=math.inf, shift=1.5, apply_ctf=apply_ctf, threads=1)
         run(
             "relion_project", "--i", "map.mrc", "--ang", "sim_truth.star", "--angpix", ANGPIX, "--o", "theirs",
             *["--ctf"] * apply_ctf,
@@ -534,7 +539,7 @@ class TestRelion:
         impulse = np.zeros((BOX,) * 3, dtype=np.float32)
         impulse[(BOX // 2,) * 3] = 1.0
         write_volume("impulse.mrc", Volume(impulse, ANGPIX), label="test")
-        simulate_particles_file("impulse.mrc", "sim", number=3, snr=math.inf, shift=0.0)
+        simulate("impulse.mrc", "sim", number=3, snr=math.inf, shift=0.0)
         table = read_star("sim.star")
         angle = np.array([0.0, 30.0, 115.0])
         u, v = np.array([15000.0, 9000.0, 12000.0]), np.array([11000.0, 8000.0, 14000.0])
@@ -570,7 +575,7 @@ class TestRelion:
         np.testing.assert_allclose(theirs[:, inner], ours[:, inner], atol=1e-5)
 
     def test_reconstruction_gives_the_truth_back(self, project, truth):
-        simulate_particles_file("map.mrc", "sim", number=1500, snr=math.inf, shift=1.0)
+        simulate("map.mrc", "sim", number=1500, snr=math.inf, shift=1.0)
         run("relion_reconstruct", "--i", "sim_truth.star", "--o", "back.mrc", "--ctf")
         back = read_volume("back.mrc").data
         curve = fsc(back, truth.data)
@@ -579,7 +584,7 @@ class TestRelion:
 
     def test_relion_measures_the_noise_that_was_asked_for(self, project, model):
         """At its start RELION takes the mean power of the images, here all but noise, for that of the noise."""
-        simulate_particles_file("map.mrc", "sim", number=200, snr=1e-4, noise=model)
+        simulate("map.mrc", "sim", number=200, snr=1e-4, noise=model)
         (project / "Refine").mkdir()
         run(
             *"relion_refine --i sim.star --ref sim_reference.mrc --o Refine/run --iter 0 --ctf --ini_high 30 "
@@ -595,7 +600,7 @@ class TestRelion:
 
     def test_local_searches_come_nearer_to_the_truth(self, project):
         """RELION takes start angles, subsets, defocus and grey scale as written, without complaint."""
-        simulate_particles_file("map.mrc", "sim", number=60, snr=0.5, perturb_angles=5.0, shift=0.5, ini_high=7.0)
+        simulate("map.mrc", "sim", number=60, snr=0.5, perturb_angles=5.0, shift=0.5, ini_high=7.0)
         (project / "Refine").mkdir()
         run(
             *"relion_refine --i sim.star --ref sim_reference.mrc --o Refine/run --iter 1 --ctf --ctf_corrected_ref "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import logging
 import os
 import shlex
@@ -27,7 +26,7 @@ from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model, load_network
 from cryored.simulation.pair_table import read_pairs, write_pairs
 from cryored.training.loop import Recipe, Validation
-from cryored.training.train import read_truths, train_files
+from cryored.training.train import TrainOptions, read_truths, train_files
 
 # Keras asks TensorFlow's variables for numpy arrays in the way of numpy 1.
 pytestmark = pytest.mark.filterwarnings(
@@ -42,7 +41,8 @@ def tables(tmp_path_factory):
 
 
 def train(tables, folder, recipe=TINY, **options):
-    return train_files([tables[0]], str(folder), recipe, gpu=False, **options)
+    progress = {"progress": options.pop("progress")} if "progress" in options else {}
+    return train_files([tables[0]], str(folder), recipe, TrainOptions(gpu=False, **options), **progress)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_tables_without_pairs_or_of_other_pixel_sizes(tables, tmp_path):
     with pytest.raises(InputError, match="coarse.star: pixel size 4 A, expected 3 A as in .*train.star"):
         train(tables, tmp_path / "prior", validation=coarse)
     with pytest.raises(InputError, match="noisy.mrc: pixel size 4 A, expected 3 A as in .*; train on pairs of one"):
-        train_files([tables[0], coarse], str(tmp_path / "prior"), TINY, gpu=False)
+        train_files([tables[0], coarse], str(tmp_path / "prior"), TINY, TrainOptions(gpu=False))
 
 
 def test_truths_that_are_not_there_or_do_not_fit(tables, tmp_path):
@@ -331,7 +331,7 @@ def test_a_gpu_that_is_not_there(tables, tmp_path):
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match="no GPU is visible to TensorFlow, and --gpu insists on one; .* leave"):
-        train_files([tables[0]], str(tmp_path / "prior"), TINY, gpu=True)
+        train_files([tables[0]], str(tmp_path / "prior"), TINY, TrainOptions(gpu=True))
 
 
 # Command
@@ -354,8 +354,9 @@ def test_the_example_of_the_help_runs(tables, tmp_path, monkeypatch):
     assert done.stdout == "my_prior\n"
     assert "steps: 2 of 2 loss " in done.stderr
     assert "validation " in done.stderr
-    rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    assert [row["maps"] for row in rows] == [2, 2]
+    rows = [line.split("\t") for line in done.stderr.splitlines() if "\t" in line]
+    assert rows[0][:2] == ["resolution", "maps"]  # the table of --evaluate
+    assert [row[1] for row in rows[1:]] == ["2", "2"]
     assert find_model("./my_prior").card.training["command"] == "cryored " + shlex.join(commands[0])
     done = runner.invoke(cli, [*commands[1], "--cpu"])
     assert done.exit_code == 0, done.output

@@ -53,7 +53,7 @@ from cryored.refinement.relion_runs import (
     resident,
     solvent_mask,
 )
-from cryored.simulation.harvest import harvest_files
+from cryored.simulation.harvest import HarvestOptions, harvest_files
 from cryored.simulation.pair_table import read_pairs
 from cryored.training.evaluation import judge, load_pair, shown, weigh
 from paper.measure import Record, measure, measure_refinement, picture, rounded, swapped_correlation
@@ -317,9 +317,8 @@ def _refine(
     result = measure(data, name) | measure_refinement(data, name) | {"iterations": iterations(data, name)}
     if name == "map" and not cell.is_noise:
         try:
-            harvest_files(
-                str(target), str(data.truth), str(target / "pairs"), name=cell.structure, float16=True, overwrite=True
-            )
+            kept = HarvestOptions(cell.structure, float16=True, overwrite=True)
+            harvest_files(str(target), str(data.truth), str(target / "pairs"), kept)
         except InputError as error:  # hopeless: nothing of the truth in any map
             logger.warning("%s: no intermediates for single passes: %s", cell, error)
     for path in target.glob("run_it*"):  # a hundred megabytes and more

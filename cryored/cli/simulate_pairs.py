@@ -128,44 +128,33 @@ def simulate_pairs(
     from cryored.simulation.pair_table import log_summary, read_pairs
 
     if from_relion is not None and truth is not None:
-        from cryored.simulation.harvest import harvest_files
+        from cryored.simulation.harvest import HarvestOptions, harvest_files
 
+        own = angpix if _given(ctx, "angpix") else None
+        wanted = HarvestOptions(name, own, float16, split, part, overwrite)
         with bar("requests", 0) as advance:
-            table = harvest_files(
-                from_relion,
-                truth,
-                output,
-                name=name,
-                angpix=angpix if _given(ctx, "angpix") else None,
-                float16=float16,
-                manifest=split,
-                part=part,
-                overwrite=overwrite,
-                progress=advance,
-            )
+            table = harvest_files(from_relion, truth, output, wanted, progress=advance)
     else:
-        from cryored.simulation.pairs import simulate_pairs_files
+        from cryored.simulation.pairs import PairOptions, simulate_pairs_files
 
+        chosen = PairOptions(
+            method=method,
+            number=number,
+            box=box,
+            angpix=angpix,
+            resolution=resolution,
+            seed=seed,
+            float16=float16,
+            manifest=split,
+            part=part,
+            shard=shard,
+            skip_bad=skip_bad,
+            jobs=jobs,
+            scheduler=scheduler,
+            overwrite=overwrite,
+        )
         with bar("draws", 0) as advance:
-            table = simulate_pairs_files(
-                structures,
-                output,
-                method=method,
-                number=number,
-                box=box,
-                angpix=angpix,
-                resolution=resolution,
-                seed=seed,
-                float16=float16,
-                manifest=split,
-                part=part,
-                shard=shard,
-                skip_bad=skip_bad,
-                jobs=jobs,
-                scheduler=scheduler,
-                overwrite=overwrite,
-                progress=advance,
-            )
+            table = simulate_pairs_files(structures, output, chosen, progress=advance)
     rows = read_pairs(table)
     log_summary(rows)
     if plot is not None:

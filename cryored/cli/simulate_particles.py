@@ -132,28 +132,26 @@ def particles(
     MAP is a cube with an even box; "-" reads it from standard input.
     """
     from cryored.cli.progress import bar
-    from cryored.simulation.particles import Microscope, simulate_particles_file
+    from cryored.simulation.particles import Microscope, ParticleOptions, simulate_particles_file
 
     if scale is not None and ctx.get_parameter_source("snr") is not ParameterSource.DEFAULT:
         raise click.UsageError("--snr and --scale exclude each other: give one of them")
+    chosen = ParticleOptions(
+        number=number,
+        snr=snr,
+        scale=scale,
+        noise=noise,
+        apply_ctf=apply_ctf,
+        defocus_range=defocus_range,
+        microscope=Microscope(voltage, cs, amplitude_contrast),
+        shift=shift,
+        perturb_angles=perturb_angles,
+        ini_high=ini_high,
+        angpix=angpix,
+        seed=seed,
+        threads=threads,
+        overwrite=overwrite,
+    )
     with bar("particles", number) as advance:
-        result = simulate_particles_file(
-            map_path,
-            output,
-            number=number,
-            snr=snr,
-            scale=scale,
-            noise=noise,
-            apply_ctf=apply_ctf,
-            defocus_range=defocus_range,
-            microscope=Microscope(voltage, cs, amplitude_contrast),
-            shift=shift,
-            perturb_angles=perturb_angles,
-            ini_high=ini_high,
-            angpix=angpix,
-            seed=seed,
-            overwrite=overwrite,
-            threads=threads,
-            progress=advance,
-        )
+        result = simulate_particles_file(map_path, output, chosen, progress=advance)
     click.echo(result.star)

@@ -174,8 +174,6 @@ def train(
       cryored denoise map.mrc -o denoised.mrc --model ./my_prior
       cryored train --evaluate ./my_prior held_out/pairs.star --plot evaluation.png
     """
-    import json
-
     from cryored.cli.progress import bar
 
     _check_usage(ctx)
@@ -197,34 +195,32 @@ def train(
             )
         return
 
+    from cryored.training.evaluation import as_tsv
     from cryored.training.loop import Recipe
-    from cryored.training.train import train_files
+    from cryored.training.train import TrainOptions, train_files
 
     assert output is not None  # by the check
     if epochs is not None and steps is not None:
         raise click.UsageError("--epochs and --steps exclude each other")
     recipe = Recipe(epochs=epochs or Recipe.epochs, steps=steps, input=input_kind, **recipe_options)  # type: ignore[arg-type]
+    chosen = TrainOptions(
+        validation=validation,
+        start=start,
+        resume=resume,
+        skip_bad=skip_bad,
+        cache=cache,
+        checkpoint_every=checkpoint_every,
+        plot=plot,
+        tensorboard=tensorboard,
+        overwrite=overwrite,
+        gpu=gpu,
+        threads=threads,
+        command=shlex.join(["cryored", *sys.argv[1:]]),
+    )
     with bar("steps", steps or 1) as advance:
-        model = train_files(
-            tables,
-            output,
-            recipe,
-            validation=validation,
-            start=start,
-            resume=resume,
-            skip_bad=skip_bad,
-            cache=cache,
-            checkpoint_every=checkpoint_every,
-            plot=plot,
-            tensorboard=tensorboard,
-            overwrite=overwrite,
-            gpu=gpu,
-            threads=threads,
-            command=shlex.join(["cryored", *sys.argv[1:]]),
-            progress=advance,
-        )
-    for row in model.card.evaluation.get("simulated_pairs", []):
-        click.echo(json.dumps(row), err=True)
+        model = train_files(tables, output, recipe, chosen, progress=advance)
+    if model.card.evaluation:
+        click.echo(as_tsv(model.card.evaluation["simulated_pairs"]), nl=False, err=True)
     click.echo(model.folder)
 
 

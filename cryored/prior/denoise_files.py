@@ -242,7 +242,7 @@ def _check_range(path: str, volume: Volume, card: ModelCard, force: bool) -> Non
     end = 2 * volume.voxel_size
     voxels = math.prod(n * volume.voxel_size / card.pixel_size for n in volume.shape)
     known = f"{card.name} is made for maps resolved to {fine:g} to {coarse:g} A, at {card.pixel_size:g} A/pixel"
-    if end >= coarse and not force:
+    if end >= coarse and volume.voxel_size > 2 * card.pixel_size and not force:
         raise InputError(
             f"{path}: pixel size {volume.voxel_size:g} A, so nothing finer than {end:g} A is in it; {known}: expected "
             "a finer map; --force insists"

@@ -117,7 +117,7 @@ def do_task(task: Task, opts: Options, on_iteration: Callable[[int], None], stop
         RELION failed or was stopped.
     """
     from cryored.refinement.relion_runs import RELION_HOOK, make_data, refine
-    from cryored.simulation.harvest import harvest_files
+    from cryored.simulation.harvest import HarvestOptions, harvest_files
 
     _check_settings(task)
     run = task.folder / "run"
@@ -137,15 +137,8 @@ def do_task(task: Task, opts: Options, on_iteration: Callable[[int], None], stop
         if not refined.exists():
             refine(data, run.name, RELION_HOOK, timeout=opts.timeout, on_iteration=on_iteration, stop=stop)
             refined.touch()
-        harvest_files(
-            str(run),
-            str(data.truth),
-            str(task.table.parent),
-            name=task.name,
-            float16=opts.float16,
-            manifest=opts.manifest,
-            part=opts.part,
-        )
+        kept = HarvestOptions(task.name, float16=opts.float16, manifest=opts.manifest, part=opts.part)
+        harvest_files(str(run), str(data.truth), str(task.table.parent), kept)
     if not opts.keep:
         for kind in ARRAYS:
             for path in run.glob(f"*_external_reconstruct_{kind}.mrc"):

@@ -24,7 +24,7 @@ from cryored.maps.mask import soft_mask
 from cryored.refinement.mailbox import PRESENCE
 from cryored.refinement.red_update import DENOISED
 from cryored.simulation.density import MapOptions, simulate_map_file
-from cryored.simulation.particles import simulate_particles_file
+from cryored.simulation.particles import ParticleOptions, simulate_particles_file
 from cryored.simulation.structure import read_atoms
 
 # RELION's own reconstruction as hook: the maps of a plain refinement, and the requests stay.
@@ -124,15 +124,8 @@ def make_data(
     data = Data(folder, box, angpix, min(2 * reach + _LEAST_MARGIN, 0.95 * box * angpix))
     if not ((folder / "particles_truth.star").exists() and data.stack.exists()):
         simulate_map_file(structure, str(data.truth), MapOptions(box, angpix, 3.0, overwrite=True))
-        simulate_particles_file(
-            data.truth,
-            data.stack.with_suffix(""),
-            number=number,
-            snr=snr,
-            perturb_angles=perturb,
-            seed=seed,
-            overwrite=True,
-        )
+        chosen = ParticleOptions(number, snr, perturb_angles=perturb, seed=seed, overwrite=True)
+        simulate_particles_file(data.truth, data.stack.with_suffix(""), chosen)
         for path in (folder / "particles.star", folder / "particles_truth.star"):
             # The stack as seen from RELION's project folder, so that the folder can be moved.
             write_text(path, path.read_text().replace(f"@{data.stack}", f"@{data.stack.name}"))

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,17 +88,38 @@ def harvest_request(
     return Pair(volume / np.float32(scale), target, request.fsc, request.nominal_resolution(), truth)
 
 
+@dataclass(frozen=True)
+class HarvestOptions:
+    """How a run's pairs are named and written.
+
+    Parameters
+    ----------
+    name : str, optional
+        Of the structure; by default that of the truth's file.
+    angpix : float, optional
+        Pixel size in angstrom, of run and truth, instead of what the files say.
+    float16 : bool
+        Write maps of half the size.
+    manifest, part : str, optional
+        Table of a split into parts, and the part that the structure has to be of.
+    overwrite : bool
+        Whether an existing pairs.star is replaced.
+    """
+
+    name: str | None = None
+    angpix: float | None = None
+    float16: bool = False
+    manifest: str | None = None
+    part: str = "train"
+    overwrite: bool = False
+
+
 def harvest_files(
     run: str,
     truth: str,
     folder: str,
+    options: HarvestOptions = HarvestOptions(),
     *,
-    name: str | None = None,
-    angpix: float | None = None,
-    float16: bool = False,
-    manifest: str | None = None,
-    part: str = "train",
-    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write a pair for each half of each iteration of a refinement, and their pairs.star.
@@ -115,16 +137,7 @@ def harvest_files(
         data set where the run used a part of it. Only its grid counts, not its origin in the header.
     folder : str
         Where maps and pairs.star go.
-    name : str, optional
-        Of the structure; by default that of the truth's file.
-    angpix : float, optional
-        Pixel size in angstrom, of run and truth, instead of what the files say.
-    float16 : bool
-        Write maps of half the size.
-    manifest, part : str, optional
-        Table of a split into parts, and the part that the structure has to be of.
-    overwrite : bool
-        Whether an existing pairs.star is replaced.
+    options : HarvestOptions
     progress : callable
         Is told how many requests are done, and of how many.
 
@@ -140,15 +153,15 @@ def harvest_files(
     """
     target = Path(folder)
     table = target / "pairs.star"
-    if table.exists() and not overwrite:
+    if table.exists() and not options.overwrite:
         raise InputError(f"{table}: exists already; add --overwrite to replace it")
-    name = name or Path(truth).name.split(".")[0]
-    if manifest is not None:
-        check_split([name], manifest, part)
+    name = options.name or Path(truth).name.split(".")[0]
+    if options.manifest is not None:
+        check_split([name], options.manifest, options.part)
     label = f"simulate pairs relion {name}"
-    answer = read_volume(truth, angpix=angpix)
+    answer = read_volume(truth, angpix=options.angpix)
     left_out: list[str] = []
-    requests = _half_requests(find_requests(run), angpix, left_out)
+    requests = _half_requests(find_requests(run), options.angpix, left_out)
     # The best-resolved one first: it tells best whether the truth is the run's.
     requests.sort(key=Request.nominal_resolution)
     if requests:
@@ -163,24 +176,9 @@ def harvest_files(
                 target.mkdir(parents=True, exist_ok=True)
                 table.unlink(missing_ok=True)  # before its maps are replaced
                 copy = str(target / f"{name}_truth.mrc")
-                write_volume(copy, Volume(answer.data, request.pixel_size), label=label, float16=float16)
-            match = _match(request.star)
-            assert match is not None  # or the request would not be among those of halves
-            row = write_pair(
-                target / f"{name}_{match.group()}",
-                harvest_request(request, volume, answer.data),
-                structure=name,
-                half=int(match.group("half")),
-                method="relion",
-                seed=0,
-                angpix=request.pixel_size,
-                label=label,
-                float16=float16,
-                target=targets.get(request.fsc.tobytes()),
-                truth=copy,
-            )
-            targets[request.fsc.tobytes()] = row.target
-            rows.append(row)
+                whole = Volume(answer.data, request.pixel_size)
+                write_volume(copy, whole, label=label, float16=options.float16)
+            rows.append(_write(request, volume, answer, target, name, copy, targets, options.float16))
         progress(done, len(requests))
     if not rows:
         reason = left_out[0] if left_out else "there is only the last one, of the joined halves"
@@ -190,8 +188,38 @@ def harvest_files(
         for reason in left_out:
             logger.warning("%s", reason)
     rows.sort(key=lambda row: row.noisy)
-    write_pairs(table, rows, made_by=label, split=None if manifest is None else part)
+    write_pairs(table, rows, made_by=label, split=None if options.manifest is None else options.part)
     return table
+
+
+def _write(
+    request: Request,
+    volume: Array,
+    answer: Volume,
+    target: Path,
+    name: str,
+    copy: str,
+    targets: dict[bytes, str],
+    float16: bool,
+) -> PairRow:
+    """Write one half's pair; the target of the other half, if it is there, is its own too."""
+    match = _match(request.star)
+    assert match is not None  # or the request would not be among those of halves
+    row = write_pair(
+        target / f"{name}_{match.group()}",
+        harvest_request(request, volume, answer.data),
+        structure=name,
+        half=int(match.group("half")),
+        method="relion",
+        seed=0,
+        angpix=request.pixel_size,
+        label=f"simulate pairs relion {name}",
+        float16=float16,
+        target=targets.get(request.fsc.tobytes()),
+        truth=copy,
+    )
+    targets[request.fsc.tobytes()] = row.target
+    return row
 
 
 def find_requests(run: str) -> list[Path]:

@@ -76,37 +76,12 @@ class Plan:
         )
 
 
-def simulate_pairs_files(
-    structures: Sequence[str],
-    folder: str,
-    *,
-    method: str = "gaussian",
-    number: int,
-    box: int,
-    angpix: float,
-    resolution: float,
-    seed: int,
-    float16: bool = False,
-    manifest: str | None = None,
-    part: str = "train",
-    shard: tuple[int, int] | None = None,
-    skip_bad: bool = False,
-    jobs: int = 1,
-    scheduler: str | None = None,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
-    """Write `number` draws of every structure, and their pairs.star.
-
-    The same seed gives the same bytes however the work is divided: each draw of each structure has its own stream
-    of random numbers. An interrupted run goes on after the last finished draw.
+@dataclass(frozen=True)
+class PairOptions:
+    """Which pairs are made, and by whom.
 
     Parameters
     ----------
-    structures : sequence of str
-        Paths of PDB or mmCIF files.
-    folder : str
-        Where maps and table go; with a `scheduler`, one that its workers see under the same path.
     method : str
         One of `METHODS`.
     number : int
@@ -131,6 +106,47 @@ def simulate_pairs_files(
         See `run_tasks`.
     overwrite : bool
         Whether an existing table is replaced.
+    """
+
+    method: str = "gaussian"
+    number: int = 3
+    box: int = 96
+    angpix: float = 1.5
+    resolution: float = 3.0
+    seed: int = 0
+    float16: bool = False
+    manifest: str | None = None
+    part: str = "train"
+    shard: tuple[int, int] | None = None
+    skip_bad: bool = False
+    jobs: int = 1
+    scheduler: str | None = None
+    overwrite: bool = False
+
+    def plan(self, folder: Path) -> Plan:
+        """Return what the tasks have in common."""
+        return Plan(folder, self.method, self.box, self.angpix, self.resolution, self.seed, self.float16)
+
+
+def simulate_pairs_files(
+    structures: Sequence[str],
+    folder: str,
+    options: PairOptions,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write `options.number` draws of every structure, and their pairs.star.
+
+    The same seed gives the same bytes however the work is divided: each draw of each structure has its own stream
+    of random numbers. An interrupted run goes on after the last finished draw.
+
+    Parameters
+    ----------
+    structures : sequence of str
+        Paths of PDB or mmCIF files.
+    folder : str
+        Where maps and table go; with a scheduler, one that its workers see under the same path.
+    options : PairOptions
     progress : callable
         Is told how many draws are done, and of how many.
 
@@ -144,27 +160,28 @@ def simulate_pairs_files(
         A table exists already, two structures have one name, a structure is not of the part, cannot be read or does
         not fit the box, or none is left. What was finished before stays.
     """
-    if manifest is not None:
-        check_split(structures, manifest, part)
+    if options.manifest is not None:
+        check_split(structures, options.manifest, options.part)
     names = [Path(path).name.split(".")[0] for path in structures]
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
         raise InputError(f"{twins[0]}: two structures of this name; their pairs would overwrite each other")
-    tasks = [Task(path, draw) for path in structures for draw in range(number)]
+    tasks = [Task(path, draw) for path in structures for draw in range(options.number)]
     table = Path(folder) / "pairs.star"
+    shard = options.shard
     if shard is not None:
         table = Path(folder) / "pairs_{:03d}_of_{:03d}.star".format(*shard)
         if shard[1] > len(tasks):
             raise InputError(f"{table}: there are {len(tasks)} draws, too few for {shard[1]} shards; use fewer")
         tasks = tasks[shard[0] - 1 :: shard[1]]
-    plan = Plan(table.parent, method, box, angpix, resolution, seed, float16)
-    made_by = f"simulate pairs {plan} number {number}"
-    _make_way(table, made_by, overwrite)
+    plan = options.plan(table.parent)
+    made_by = f"simulate pairs {plan} number {options.number}"
+    _make_way(table, made_by, options.overwrite)
     table.parent.mkdir(parents=True, exist_ok=True)
-    rows, left_out = _run(plan, tasks, skip_bad, jobs, scheduler, progress)
+    rows, left_out = _run(plan, tasks, options, progress)
     if not rows:
         raise InputError(f"no pairs: all {len(tasks)} draws were left out, the first because of {left_out[0]}")
-    write_pairs(table, rows, made_by=made_by, split=part if manifest is not None else None)
+    write_pairs(table, rows, made_by=made_by, split=options.part if options.manifest is not None else None)
     if shard is None:
         _remove_traces(table.parent, tasks)
     return table
@@ -185,21 +202,18 @@ def _make_way(table: Path, made_by: str, overwrite: bool) -> None:
 def _run(
     plan: Plan,
     tasks: Sequence[Task],
-    skip_bad: bool,
-    jobs: int,
-    scheduler: str | None,
+    options: PairOptions,
     progress: Callable[[int, int], None],
 ) -> tuple[list[PairRow], list[str]]:
     """Do all tasks; return the rows of all, and why others were left out."""
-    if scheduler is not None:  # whose workers have other current folders
+    if options.scheduler is not None:  # whose workers have other current folders
         plan = replace(plan, folder=plan.folder.absolute())
         tasks = [replace(task, structure=os.path.abspath(task.structure)) for task in tasks]
-    work = partial(_try_task if skip_bad else _do_task, plan)
+    work = partial(_try_task if options.skip_bad else _do_task, plan)
     rows: list[PairRow] = []
     reasons: dict[str, list[str]] = {}
-    for task, result in zip(
-        tasks, run_tasks(work, tasks, jobs=jobs, scheduler=scheduler, progress=progress), strict=True
-    ):
+    results = run_tasks(work, tasks, jobs=options.jobs, scheduler=options.scheduler, progress=progress)
+    for task, result in zip(tasks, results, strict=True):
         if isinstance(result, str):
             reasons.setdefault(task.name, []).append(result)
         else:

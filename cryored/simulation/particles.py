@@ -7,13 +7,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.files.mrc import new_stack, read_volume, write_volume
+from cryored.files.mrc import Stack, new_stack, read_volume, write_volume
 from cryored.files.output import check_target, is_stream
 from cryored.files.star import Column, Table, write_star
 from cryored.maps.fourier import low_pass
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_PIXELS = 2**20  # pixels in memory at a time: about 0.1 GB in all
 _RUN = 16  # images that a thread takes at a time
+
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -170,38 +174,12 @@ def add_noise(
     parallel(add, parts(len(data), _RUN), threads)
 
 
-def simulate_particles_file(
-    map_path: str | os.PathLike[str],
-    stem: str | os.PathLike[str],
-    *,
-    number: int = 10000,
-    snr: float = 0.002,
-    scale: float | None = None,
-    noise: str | os.PathLike[str] = WHITE,
-    apply_ctf: bool = True,
-    defocus_range: tuple[float, float] = (0.2, 2.0),
-    microscope: Microscope | None = None,
-    shift: float = 0.0,
-    perturb_angles: float = 0.0,
-    ini_high: float = 30.0,
-    angpix: float | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Simulation:
-    """Simulate particles of a map, with noise of variance 1 as RELION wants it.
-
-    Written are STEM.mrcs (the images), STEM.star (start angles, no shifts), STEM_truth.star (the angles and
-    shifts that the images were made with) and STEM_reference.mrc (the map on the images' grey scale, low-pass
-    filtered). The STAR files name the stack as `stem` does: from the current folder, RELION's project.
+@dataclass(frozen=True)
+class ParticleOptions:
+    """What is simulated.
 
     Parameters
     ----------
-    map_path : path
-        A cubic map with an even box, as RELION wants; ``-`` for standard input.
-    stem : path
-        The outputs' names up to the ending.
     number : int
         Number of particles.
     snr : float
@@ -217,8 +195,8 @@ def simulate_particles_file(
         Whether the images carry a contrast transfer function; without, the STAR files have no defocus.
     defocus_range : (float, float)
         Least and largest underfocus in micrometre; uniform in between, no astigmatism.
-    microscope : Microscope, optional
-        300 kV, 2.7 mm and 0.1 by default. The STAR files need it with or without CTF.
+    microscope : Microscope
+        The STAR files need it with or without CTF.
     shift : float
         Standard deviation, in pixels, of the particles' x and y about the centre of the image.
     perturb_angles : float
@@ -231,106 +209,166 @@ def simulate_particles_file(
     seed : int
         The same seed gives the same bytes, whatever the number of threads: each image has a random stream of
         its own for its noise. `perturb_angles` changes no image, and `snr` and `noise` no orientation.
-    overwrite : bool
-        Whether existing outputs may be replaced.
     threads : int, optional
         All cores by default.
+    overwrite : bool
+        Whether existing outputs may be replaced.
+
+    Raises
+    ------
+    InputError
+        A value makes no sense.
+    """
+
+    number: int = 10000
+    snr: float = 0.002
+    scale: float | None = None
+    noise: str | os.PathLike[str] = WHITE
+    apply_ctf: bool = True
+    defocus_range: tuple[float, float] = (0.2, 2.0)
+    microscope: Microscope = field(default_factory=Microscope)
+    shift: float = 0.0
+    perturb_angles: float = 0.0
+    ini_high: float = 30.0
+    angpix: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be simulated."""
+        if self.number < 1:
+            raise InputError(f"{self.number} particles, expected at least 1")
+        if not self.snr > 0:
+            raise InputError(f"signal-to-noise ratio {self.snr:g}, expected more than 0; 'inf' stands for no noise")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise InputError(f"scale {self.scale:g}, expected a number above 0")
+        low, high = self.defocus_range
+        if not 0 <= low <= high < math.inf:
+            raise InputError(f"defocus from {low:g} to {high:g} micrometre, expected a range from 0 upwards")
+        if not (0 <= self.shift < math.inf and 0 <= self.perturb_angles <= 180):
+            raise InputError(
+                f"shift of {self.shift:g} pixels and angles perturbed by {self.perturb_angles:g} degrees, "
+                "expected 0 or more, and no angle above 180"
+            )
+        if not self.ini_high > 0:
+            raise InputError(f"reference at {self.ini_high:g} A, expected a resolution above 0")
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed}, expected 0 or more")
+        if self.is_coloured and not self.is_noisy:
+            name = os.fspath(self.noise)
+            raise InputError(f"{name}: a spectrum of noise, but the signal-to-noise ratio is infinite")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether there is any noise."""
+        return self.scale is not None or math.isfinite(self.snr)
+
+    @property
+    def is_coloured(self) -> bool:
+        """Whether the noise has a measured spectrum."""
+        return os.fspath(self.noise) != WHITE
+
+    @property
+    def label(self) -> str:
+        """What the stack's header tells."""
+        strength = f"snr={self.snr:g}" if self.scale is None else f"scale={self.scale:g}"
+        noise = f" noise={os.path.basename(self.noise)}" if self.is_coloured else ""
+        return f"simulate particles number={self.number} seed={self.seed} {strength}{noise}"
+
+
+def simulate_particles_file(
+    map_path: str | os.PathLike[str],
+    stem: str | os.PathLike[str],
+    options: ParticleOptions = ParticleOptions(),
+    *,
+    progress: Progress = lambda done, total: None,
+) -> Simulation:
+    """Simulate particles of a map, with noise of variance 1 as RELION wants it.
+
+    Written are STEM.mrcs (the images), STEM.star (start angles, no shifts), STEM_truth.star (the angles and
+    shifts that the images were made with) and STEM_reference.mrc (the map on the images' grey scale, low-pass
+    filtered). The STAR files name the stack as `stem` does: from the current folder, RELION's project.
+
+    Parameters
+    ----------
+    map_path : path
+        A cubic map with an even box, as RELION wants; ``-`` for standard input.
+    stem : path
+        The outputs' names up to the ending.
+    options : ParticleOptions
     progress : callable
         Is told how many images are made, and of how many.
 
     Raises
     ------
     InputError
-        The map does not fit or a value makes no sense.
+        The map does not fit, or the noise cannot be used.
     OutputError
         An output exists or cannot be written. The stack appears last, so with it the data set is whole.
     """
-    _check_values(number, snr, scale, defocus_range, shift, perturb_angles, ini_high, seed)
-    noisy, coloured = scale is not None or math.isfinite(snr), os.fspath(noise) != WHITE
-    if coloured and not noisy:
-        raise InputError(f"{os.fspath(noise)}: a spectrum of noise, but the signal-to-noise ratio is infinite")
     outputs = _outputs(stem)
     for path in outputs:
-        check_target(path, overwrite)
+        check_target(path, options.overwrite)
     stack_path, star_path, truth_path, reference_path = outputs
-    microscope = microscope or Microscope()
     name = "standard input" if is_stream(map_path) else os.fspath(map_path)
-    volume = read_volume(map_path, angpix=angpix)
+    volume = read_volume(map_path, angpix=options.angpix)
     _check_map(name, volume)
     box, voxel_size = len(volume.data), volume.voxel_size
+    colour = noise_filter(read_spectrum(options.noise), box, voxel_size) if options.is_coloured else None
 
-    colour = noise_filter(read_spectrum(noise), box, voxel_size) if coloured else None
-
-    seeds = np.random.SeedSequence(seed).spawn(3)
-    draw, disturb = (np.random.default_rng(s) for s in seeds[:2])
-    angstrom = (1e4 * defocus_range[0], 1e4 * defocus_range[1]) if apply_ctf else None
-    truth = draw_particles(number, shift=shift, defocus_range=angstrom, rng=draw)
-    start = Particles(
-        perturb(truth.rotations, perturb_angles, rng=disturb), np.zeros_like(truth.origins), truth.defocus
-    )
+    draw, disturb, noise_seeds = np.random.SeedSequence(options.seed).spawn(3)
+    low, high = options.defocus_range
+    angstrom = (1e4 * low, 1e4 * high) if options.apply_ctf else None
+    truth = draw_particles(options.number, shift=options.shift, defocus_range=angstrom, rng=np.random.default_rng(draw))
+    rotations = perturb(truth.rotations, options.perturb_angles, rng=np.random.default_rng(disturb))
+    start = Particles(rotations, np.zeros_like(truth.origins), truth.defocus)
 
     for path in outputs:
         _remove_leftovers(path)
-    label = f"simulate particles number={number} seed={seed} "
-    label += f"snr={snr:g}" if scale is None else f"scale={scale:g}"
-    label += f" noise={os.path.basename(noise)}" if coloured else ""
-    chunks = list(parts(number, max(1, _CHUNK_PIXELS // box**2)))
-    with new_stack(stack_path, number, box, voxel_size, label=label) as stack:
-        projector = Projector(volume.data, threads=threads)
-        variance = 0.0
-        for chunk in chunks:
-            clean = clean_images(projector, truth.part(chunk), voxel_size, microscope, threads)
-            variance += float(clean.var(axis=(1, 2), dtype=np.float64).sum()) / number
-            stack.write(chunk.start, clean)
-            progress(chunk.stop, number)
-        if scale is None:
-            scale = _scale(snr, variance, name)
-        if noisy:  # in a second pass, as the scale depends on all images
-            for chunk in chunks:
-                noise_seeds = seeds[2].spawn(chunk.stop - chunk.start)  # of one image after the other
-                data = stack.read(chunk.start, len(noise_seeds))
-                data *= np.float32(scale)
-                add_noise(data, [np.random.default_rng(s) for s in noise_seeds], colour, threads)
-                stack.write(chunk.start, data)
-
-        optics = _optics(box, voxel_size, microscope)
+    with new_stack(stack_path, options.number, box, voxel_size, label=options.label) as stack:
+        scale = _write_images(stack, volume, name, truth, options, colour, noise_seeds, progress)
+        optics = _optics(box, voxel_size, options.microscope)
         for path, particles in ((star_path, start), (truth_path, truth)):
             table = _table(particles, os.fspath(stack_path), voxel_size)
             write_star(path, {"optics": optics, "particles": table})
-        reference = volume.with_data(scale * low_pass(volume.data, voxel_size, ini_high, threads))
-        write_volume(reference_path, reference, label=f"simulate particles reference {ini_high:g} A x {scale:.6g}")
-    logger.info("%d particles of box %d; the map times %.6g", number, box, scale)
+        reference = volume.with_data(scale * low_pass(volume.data, voxel_size, options.ini_high, options.threads))
+        label = f"simulate particles reference {options.ini_high:g} A x {scale:.6g}"
+        write_volume(reference_path, reference, label=label)
+    logger.info("%d particles of box %d; the map times %.6g", options.number, box, scale)
     return Simulation(stack_path, star_path, truth_path, reference_path, scale)
 
 
-def _check_values(
-    number: int,
-    snr: float,
-    scale: float | None,
-    defocus_range: tuple[float, float],
-    shift: float,
-    perturb_angles: float,
-    ini_high: float,
-    seed: int,
-) -> None:
-    if number < 1:
-        raise InputError(f"{number} particles, expected at least 1")
-    if not snr > 0:
-        raise InputError(f"signal-to-noise ratio {snr:g}, expected more than 0; 'inf' stands for no noise")
-    if scale is not None and not 0 < scale < math.inf:
-        raise InputError(f"scale {scale:g}, expected a number above 0")
-    low, high = defocus_range
-    if not 0 <= low <= high < math.inf:
-        raise InputError(f"defocus from {low:g} to {high:g} micrometre, expected a range from 0 upwards")
-    if not (0 <= shift < math.inf and 0 <= perturb_angles <= 180):
-        raise InputError(
-            f"shift of {shift:g} pixels and angles perturbed by {perturb_angles:g} degrees, "
-            "expected 0 or more, and no angle above 180"
-        )
-    if not ini_high > 0:
-        raise InputError(f"reference at {ini_high:g} A, expected a resolution above 0")
-    if seed < 0:
-        raise InputError(f"seed {seed}, expected 0 or more")
+def _write_images(
+    stack: Stack,
+    volume: Volume,
+    name: str,
+    truth: Particles,
+    options: ParticleOptions,
+    colour: npt.NDArray[np.float32] | None,
+    seeds: np.random.SeedSequence,
+    progress: Progress,
+) -> float:
+    """Fill a stack; return what the map was multiplied by."""
+    number, scale = options.number, options.scale
+    chunks = list(parts(number, max(1, _CHUNK_PIXELS // len(volume.data) ** 2)))
+    projector = Projector(volume.data, threads=options.threads)
+    variance = 0.0
+    for chunk in chunks:
+        clean = clean_images(projector, truth.part(chunk), volume.voxel_size, options.microscope, options.threads)
+        variance += float(clean.var(axis=(1, 2), dtype=np.float64).sum()) / number
+        stack.write(chunk.start, clean)
+        progress(chunk.stop, number)
+    if scale is None:
+        scale = _scale(options.snr, variance, name)
+    if options.is_noisy:  # in a second pass, as the scale depends on all images
+        for chunk in chunks:
+            own = seeds.spawn(chunk.stop - chunk.start)  # of one image after the other
+            data = stack.read(chunk.start, len(own))
+            data *= np.float32(scale)
+            add_noise(data, [np.random.default_rng(seed) for seed in own], colour, options.threads)
+            stack.write(chunk.start, data)
+    return scale
 
 
 def _outputs(stem: str | os.PathLike[str]) -> tuple[Path, Path, Path, Path]:

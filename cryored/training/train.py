@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,39 +46,17 @@ LOG = "training.csv"
 LOGS = "logs"  # TensorBoard's folder
 
 
-def train_files(
-    tables: Sequence[str],
-    folder: str,
-    recipe: Recipe,
-    *,
-    validation: str | None = None,
-    start: str | None = None,
-    resume: bool = False,
-    skip_bad: bool = False,
-    cache: float | None = None,
-    checkpoint_every: float = 5.0,
-    plot: str | None = None,
-    tensorboard: bool = False,
-    overwrite: bool = False,
-    gpu: bool | None = None,
-    threads: int | None = None,
-    command: str = "",
-    progress: Progress = lambda done, total, note: None,
-) -> Model:
-    """Train on the pairs of `tables` and write a model folder.
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a training begins from, keeps and writes, beside its recipe.
 
     Parameters
     ----------
-    tables : sequence of str
-        Files pairs.star.
-    folder : str
-        Gets model.keras and card.json; training.csv and, until the end, the checkpoint.
-    recipe : Recipe
     validation : str, optional
         pairs.star of structures that are not trained on. The step that is best on a few patches of them is kept,
         and judged on all of them for the card; without it the last step is kept.
     start : str, optional
-        Name or folder of a model of the same width, depth, input and pixel size, to begin with its weights.
+        Name or folder of a model of the same kind, to begin with its weights.
     resume : bool
         Go on from the folder's checkpoint: same recipe, same curve; the number of steps alone may differ.
     skip_bad : bool
@@ -96,6 +75,50 @@ def train_files(
         See `cryored.prior.device.set_up`.
     command : str
         For the card.
+    """
+
+    validation: str | None = None
+    start: str | None = None
+    resume: bool = False
+    skip_bad: bool = False
+    cache: float | None = None
+    checkpoint_every: float = 5.0
+    plot: str | None = None
+    tensorboard: bool = False
+    overwrite: bool = False
+    gpu: bool | None = None
+    threads: int | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of a training: checked, of one voxel size in angstrom."""
+
+    rows: list[PairRow]
+    held_out: list[PairRow]
+    voxel_size: float
+    left_out: int
+
+
+def train_files(
+    tables: Sequence[str],
+    folder: str,
+    recipe: Recipe,
+    options: TrainOptions = TrainOptions(),
+    *,
+    progress: Progress = lambda done, total, note: None,
+) -> Model:
+    """Train on the pairs of `tables` and write a model folder.
+
+    Parameters
+    ----------
+    tables : sequence of str
+        Files pairs.star.
+    folder : str
+        Gets model.keras and card.json; training.csv and, until the end, the checkpoint.
+    recipe : Recipe
+    options : TrainOptions
     progress : callable
         See `cryored.training.loop.run`.
 
@@ -111,95 +134,129 @@ def train_files(
     """
     check_recipe(recipe)
     target = Path(folder)
-    checkpoint = target / CHECKPOINT
-    goes_on = resume and checkpoint.exists()
-    if plot is not None:
-        check_target(plot, overwrite or goes_on)
-    listed = [row for table in tables for row in read_pairs(table, keep_missing=skip_bad)]
-    held_out = read_pairs(validation, keep_missing=skip_bad) if validation else []
-    _check_lists(listed, held_out, ", ".join(tables), validation)
-    if (target / "card.json").exists() and not (overwrite or goes_on):
-        raise InputError(f"{target}: holds a finished model already; add --overwrite to replace it")
-    rows, voxel_size = check_pairs(listed, recipe.patch, skip_bad=skip_bad, threads=threads)
-    if held_out:
-        held_out, other = check_pairs(held_out, recipe.patch, skip_bad=skip_bad, threads=threads)
-        if other != voxel_size:
-            raise InputError(f"{validation}: pixel size {other:g} A, expected {voxel_size:g} A as in {tables[0]}")
-    recipe = recipe.with_steps(len(rows))
-    first = None if start is None else _start_model(start, recipe, voxel_size)
-    truths = read_truths(rows) if recipe.synthesised else None
+    goes_on = options.resume and (target / CHECKPOINT).exists()
+    pairs = _read_pairs(tables, target, recipe, options, goes_on)
+    recipe = recipe.with_steps(len(pairs.rows))
+    first = None if options.start is None else _start_model(options.start, recipe, pairs.voxel_size)
+    truths = read_truths(pairs.rows) if recipe.synthesised else None
     target.mkdir(parents=True, exist_ok=True)
-    device_name = device.set_up(gpu, threads)
+    device_name = device.set_up(options.gpu, options.threads)
     if recipe.mixed_precision and device_name == "torch, CPU":
         raise ModelError(
             "PyTorch pools no bfloat16 on a CPU; leave --mixed-precision out, or use a GPU or another KERAS_BACKEND"
         )
-    scalars: Scalars = device.summary_writer(target / LOGS) if tensorboard else _nothing
+    weights, state = _steps(target, recipe, pairs, truths, first, options, goes_on, progress)
+    facts = {
+        "pairs_left_out": pairs.left_out,
+        "start": None if first is None else f"{first.card.name} {first.card.sha256[:12]}",
+        "device": f"{device_name}, {platform.machine()}",
+        "command": options.command,
+        "cryored": __version__,
+    }
+    model, network = _save(target, recipe, pairs, weights, _account(recipe, pairs.rows, state) | facts)
+    if pairs.held_out:
+        model = _judged(model, network, pairs.held_out, options)
+    if options.plot is not None:
+        draw_curves(options.plot, target / LOG, state.best_step)
+    (target / CHECKPOINT).unlink(missing_ok=True)
+    return model
+
+
+def _read_pairs(tables: Sequence[str], target: Path, recipe: Recipe, options: TrainOptions, goes_on: bool) -> _Pairs:
+    """Read and check all pairs, and whether the folder may be written to."""
+    if options.plot is not None:
+        check_target(options.plot, options.overwrite or goes_on)
+    validation, skip_bad = options.validation, options.skip_bad
+    listed = [row for table in tables for row in read_pairs(table, keep_missing=skip_bad)]
+    held_out = read_pairs(validation, keep_missing=skip_bad) if validation else []
+    _check_lists(listed, held_out, ", ".join(tables), validation)
+    if (target / "card.json").exists() and not (options.overwrite or goes_on):
+        raise InputError(f"{target}: holds a finished model already; add --overwrite to replace it")
+    rows, voxel_size = check_pairs(listed, recipe.patch, skip_bad=skip_bad, threads=options.threads)
+    if held_out:
+        held_out, other = check_pairs(held_out, recipe.patch, skip_bad=skip_bad, threads=options.threads)
+        if other != voxel_size:
+            raise InputError(f"{validation}: pixel size {other:g} A, expected {voxel_size:g} A as in {tables[0]}")
+    return _Pairs(rows, held_out, voxel_size, len(listed) - len(rows))
+
+
+def _steps(
+    target: Path,
+    recipe: Recipe,
+    pairs: _Pairs,
+    truths: npt.NDArray[np.float32] | None,
+    first: Model | None,
+    options: TrainOptions,
+    goes_on: bool,
+    progress: Progress,
+) -> tuple[Any, State]:
+    """Take all steps; return the weights to keep, and where the training has come to."""
+    scalars: Scalars = device.summary_writer(target / LOGS) if options.tensorboard else _nothing
     with device.scope(recipe.batch_size):
         network = build_network(recipe)
         if first is not None:
             network.set_weights(load_network(first).get_weights())
-        state = load_checkpoint(checkpoint, network, recipe) if goes_on else State()
-        names = validation or ""
+        state = load_checkpoint(target / CHECKPOINT, network, recipe) if goes_on else State()
+        names = options.validation or ""
         if state.held_out != names:
             state = dataclasses.replace(state, held_out=names, best_step=0, best=np.inf, best_weights=[])
         synthesis = None
         if truths is not None:
             from cryored.training.device_pairs import Synthesis
 
-            synthesis = Synthesis(truths, voxel_size, patch=recipe.patch, input=recipe.input, seed=recipe.seed)
-        store = PairStore(rows, recipe.input, None if cache is None else int(cache * 2**30))
+            synthesis = Synthesis(truths, pairs.voxel_size, patch=recipe.patch, input=recipe.input, seed=recipe.seed)
+        cache = None if options.cache is None else int(options.cache * 2**30)
         run(
             network,
             recipe,
-            batch_maker(recipe, store, synthesis),
+            batch_maker(recipe, PairStore(pairs.rows, recipe.input, cache), synthesis),
             state,
-            validation=Validation(held_out, recipe) if held_out else None,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
+            validation=Validation(pairs.held_out, recipe) if pairs.held_out else None,
+            checkpoint=target / CHECKPOINT,
+            checkpoint_every=options.checkpoint_every,
             log=Log(target / LOG, state.step),
             scalars=scalars,
-            threads=threads,
+            threads=options.threads,
             progress=progress,
         )
-        weights = state.best_weights or network.get_weights()
+        return state.best_weights or network.get_weights(), state
+
+
+def _save(target: Path, recipe: Recipe, pairs: _Pairs, weights: Any, training: dict[str, Any]) -> tuple[Model, Any]:
     network = build_unet(recipe.width, recipe.depth)  # in float32, without penalty, for one device
     network.set_weights(weights)
-    resolved = [row.resolution for row in rows if np.isfinite(row.resolution)] or [0.0]
+    resolved = [row.resolution for row in pairs.rows if np.isfinite(row.resolution)] or [0.0]
     card = ModelCard(
         name=target.resolve().name,
         input=recipe.input,
-        pixel_size=voxel_size,
+        pixel_size=pairs.voxel_size,
         width=recipe.width,
         depth=recipe.depth,
         sha256="",
         resolution_range=(float(min(resolved)), float(max(resolved))),
-        training=_account(recipe, rows, state)
-        | {
-            "pairs_left_out": len(listed) - len(rows),
-            "start": None if first is None else f"{first.card.name} {first.card.sha256[:12]}",
-            "parameters": int(network.count_params()),
-            "device": f"{device_name}, {platform.machine()}",
-            "command": command,
-            "cryored": __version__,
-        },
+        training=training | {"parameters": int(network.count_params())},
     )
-    model = save_model(target, network, card)
-    if held_out:
-        table = summarise(list(judge(Denoiser(model, gpu=gpu, threads=threads), held_out, recipe.input)))
-        structures = sorted({row.structure for row in held_out})
-        card = dataclasses.replace(card, evaluation={"simulated_pairs": table, "structures": structures})
-        model = save_model(target, network, card)
-    if plot is not None:
-        draw_curves(plot, target / LOG, state.best_step)
-    checkpoint.unlink(missing_ok=True)
-    return model
+    return save_model(target, network, card), network
+
+
+def _judged(model: Model, network: Any, held_out: list[PairRow], options: TrainOptions) -> Model:
+    """Write into a model's card how good it is on pairs that it has not seen."""
+    denoiser = Denoiser(model, gpu=options.gpu, threads=options.threads)
+    table = summarise(list(judge(denoiser, held_out, model.card.input)))
+    structures = sorted({row.structure for row in held_out})
+    card = dataclasses.replace(model.card, evaluation={"simulated_pairs": table, "structures": structures})
+    return save_model(model.folder, network, card)
 
 
 def _start_model(name: str, recipe: Recipe, voxel_size: float) -> Model:
     """Find a model to begin with; refuse one of another kind."""
     model = find_model(name)
     card = model.card
+    if card.knots or card.uncertainty:
+        raise ModelError(
+            f"{model.folder}: a network that is told the FSC, or tells its uncertainty, as bin/train-prior makes it; "
+            "expected one of `cryored train`; start from another"
+        )
     found = (card.width, card.depth, card.input, card.pixel_size)
     expected = (recipe.width, recipe.depth, recipe.input, voxel_size)
     if found != expected:
