@@ -53,3 +53,11 @@ def test_names_are_completed():
     completion = ShellComplete(cli, {}, "cryored", "_CRYORED_COMPLETE")
     found = completion.get_completions(["denoise", "--model"], "cwred-")
     assert [item.value for item in found] == ["cwred-gaussian", "cwred-paper"]
+
+
+def test_a_folder_of_that_name_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(find_model("cwred-paper").folder, "my_prior")
+    assert find_model("my_prior").folder == Path("my_prior")
+    shutil.copytree("my_prior", "cwred")
+    assert find_model("cwred").folder != Path("cwred")  # a known name comes first

@@ -188,3 +188,14 @@ def test_without_a_gpu_the_number_says_nothing(monkeypatch):
     torch_with(monkeypatch, 0)
     monkeypatch.setenv(device.NUMBER, "1")
     assert device.set_up() == "torch, CPU"
+
+
+@pytest.mark.parametrize(("backend", "engine"), [("jax", "JAX"), ("torch", "PyTorch")])
+def test_an_engine_that_is_not_installed_is_one_line(monkeypatch, backend, engine):
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    monkeypatch.setitem(sys.modules, backend, None)
+    told = (
+        f"KERAS_BACKEND is '{backend}', but {engine} cannot be loaded .*; pip install {backend}, or unset KERAS_BACKEND"
+    )
+    with pytest.raises(ModelError, match=told):
+        device.set_up()

@@ -20,10 +20,20 @@ from cryored.prior.models import DEFAULT_MODEL
     help="Nominal resolution, instead of a table.",
 )
 @click.option(
-    "--low", type=float, default=10.0, show_default=True, metavar="ANGSTROM", help="The prior is off here and worse."
+    "--low",
+    type=float,
+    default=10.0,
+    show_default=True,
+    metavar="ANGSTROM",
+    help="Worse limit: at this resolution and coarser lambda is 0.",
 )
 @click.option(
-    "--high", type=float, default=4.5, show_default=True, metavar="ANGSTROM", help="It is trusted here and better."
+    "--high",
+    type=float,
+    default=4.5,
+    show_default=True,
+    metavar="ANGSTROM",
+    help="Better limit: at this resolution and finer it is 1.",
 )
 @click.option("--schedule", type=options.PATH, metavar="FILE.json", help="A stored schedule, instead of --low, --high.")
 @click.option(

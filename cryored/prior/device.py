@@ -38,9 +38,15 @@ def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
     find = {"tensorflow": _set_up_tensorflow, "torch": _set_up_torch, "jax": _set_up_jax}.get(name)
     if find is None:
         return name
-    found = find(gpu is not False, threads)
+    engine = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}[name]
+    try:
+        found = find(gpu is not False, threads)
+    except ImportError as error:
+        raise ModelError(
+            f"KERAS_BACKEND is '{name}', but {engine} cannot be loaded ({error}); pip install {name}, or unset "
+            "KERAS_BACKEND"
+        ) from error
     if gpu and found is None:
-        engine = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}[name]
         remedy = "install cryored[gpu]" if name == "tensorflow" else f"install {engine} for CUDA"
         raise ModelError(
             f"no GPU is visible to {engine}, and --gpu insists on one; check nvidia-smi and CUDA_VISIBLE_DEVICES, "

@@ -256,6 +256,8 @@ def _find_folder(name_or_path: str) -> Path:
         if (folder / name_or_path / CARD).is_file():
             return folder / name_or_path
         known += sorted(path.parent.name for path in folder.glob(f"*/{CARD}"))
+    if (direct / CARD).is_file():  # a folder here, where no model is known by that name
+        return direct
     names = ", ".join(dict.fromkeys(known)) or "none"
     raise ModelError(
         f"no model named '{name_or_path}'; there is: {names}. Give a folder as ./NAME or add folders to {PATH_VARIABLE}"
