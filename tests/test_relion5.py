@@ -194,8 +194,6 @@ def test_without_a_gpu_the_number_says_nothing(monkeypatch):
 def test_an_engine_that_is_not_installed_is_one_line(monkeypatch, backend, engine):
     monkeypatch.setenv("KERAS_BACKEND", backend)
     monkeypatch.setitem(sys.modules, backend, None)
-    told = (
-        f"KERAS_BACKEND is '{backend}', but {engine} cannot be loaded .*; pip install {backend}, or unset KERAS_BACKEND"
-    )
+    told = f"KERAS_BACKEND is '{backend}', but {engine} cannot be loaded .*; pip install {backend}, or unset "
     with pytest.raises(ModelError, match=told):
         device.set_up()
