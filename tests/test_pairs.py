@@ -677,3 +677,10 @@ def test_the_example_of_the_help_runs(structures, tmp_path, monkeypatch):
     assert [line.split() for line in done.stderr.splitlines()][-1] == ["all", "2"]
     assert Path("pairs.png").read_bytes()[1:4] == b"PNG"
     assert "--from-relion Refine3D/run --truth truth.mrc" in lines[1]  # run with requests in test_harvest.py
+
+
+def test_a_scheduler_that_does_not_answer_leaves_no_folder(structures, tmp_path):
+    words = ["simulate", "pairs", structures[1], "-o", str(tmp_path / "pairs"), "--scheduler", "tcp://127.0.0.1:1"]
+    done = CliRunner().invoke(cli, [*words, "--box", "32", "--angpix", "3", "--number", "1"])
+    assert done.exit_code == 1
+    assert not (tmp_path / "pairs").exists()

@@ -27,8 +27,14 @@ def terminal() -> Console | None:
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Advance]:
-    """Give a function ``advance(done, total, note="")`` that shows how far a long job is."""
+def bar(what: str, total: int, *, time_left: bool = True) -> Iterator[Advance]:
+    """Give a function ``advance(done, total, note="")`` that shows how far a long job is.
+
+    Parameters
+    ----------
+    time_left : bool
+        Show it; False where the note does.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = terminal()
@@ -39,7 +45,7 @@ def bar(what: str, total: int) -> Iterator[Advance]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if time_left else []),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:

@@ -217,7 +217,7 @@ def train(
         threads=threads,
         command=shlex.join(["cryored", *sys.argv[1:]]),
     )
-    with bar("steps", steps or 1) as advance:
+    with bar("steps", steps or 1, time_left=False) as advance:
         model = train_files(tables, output, recipe, chosen, progress=advance)
     if model.card.evaluation:
         click.echo(as_tsv(model.card.evaluation["simulated_pairs"]), nl=False, err=True)

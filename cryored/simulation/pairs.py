@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -177,8 +178,15 @@ def simulate_pairs_files(
     plan = options.plan(table.parent)
     made_by = f"simulate pairs {plan} number {options.number}"
     _make_way(table, made_by, options.overwrite)
+    new = not table.parent.exists()
     table.parent.mkdir(parents=True, exist_ok=True)
-    rows, left_out = _run(plan, tasks, options, progress)
+    try:
+        rows, left_out = _run(plan, tasks, options, progress)
+    except BaseException:
+        if new:
+            with suppress(OSError):  # not empty: what was finished stays
+                table.parent.rmdir()
+        raise
     if not rows:
         raise InputError(f"no pairs: all {len(tasks)} draws were left out, the first because of {left_out[0]}")
     write_pairs(table, rows, made_by=made_by, split=options.part if options.manifest is not None else None)
