@@ -215,3 +215,13 @@ def test_options_have_the_commands_defaults():
 
     given = command.make_context("denoise", ["map.mrc", "-o", "out.mrc"]).params
     assert {name: given[name] for name in vars(DenoiseOptions())} == vars(DenoiseOptions())
+
+
+def test_tiles_are_told(truth, caplog):
+    write_volume("map.mrc", truth, label="test")
+    told = []
+    denoise_file("map.mrc", "out.mrc", DenoiseOptions(tile=56, rotations=2), progress=lambda *step: told.append(step))
+    assert told[-1][0] == told[-1][1] == len(told) >= 4
+    done = denoise("map.mrc", "-o", "out.mrc", "--overwrite", "--tile", 56)
+    assert re.search(r"tiles: (\d+) of \1", done.stderr)
+    assert "tiles" not in denoise("map.mrc", "-o", "out.mrc", "--overwrite").stderr

@@ -119,6 +119,7 @@ def denoise(
         if is_stream(output) or is_stream(uncertainty):
             raise click.UsageError("--chimerax opens the two maps by name; neither can be '-'")
 
+    from cryored.cli.progress import bar
     from cryored.prior.denoise_files import DenoiseOptions, denoise_file, denoise_halves, denoise_job
 
     chosen = DenoiseOptions(
@@ -139,9 +140,15 @@ def denoise(
         force=force,
         overwrite=overwrite,
     )
-    if job:
-        denoise_job(str(map_path), output, chosen)
-    elif half1 is not None:
-        denoise_halves(half1, str(half2), output, chosen)
-    else:
-        denoise_file(str(map_path), output, chosen)
+    with bar("tiles", 0) as advance:
+
+        def tell(done: int, total: int) -> None:
+            if total > 1:
+                advance(done, total)
+
+        if job:
+            denoise_job(str(map_path), output, chosen, progress=tell)
+        elif half1 is not None:
+            denoise_halves(half1, str(half2), output, chosen, progress=tell)
+        else:
+            denoise_file(str(map_path), output, chosen, progress=tell)

@@ -20,7 +20,7 @@ from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
 from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation, whole_set_fsc
 from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
-from cryored.prior.denoiser import DEFAULT_TILE, Denoiser
+from cryored.prior.denoiser import DEFAULT_TILE, Denoiser, Progress, silent
 from cryored.prior.falloff import sharpened, sharpening
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
 
@@ -108,7 +108,9 @@ class _Source:
     sharpening: float = 0.0
 
 
-def denoise_file(path: str, output: str, options: DenoiseOptions = DenoiseOptions()) -> None:
+def denoise_file(
+    path: str, output: str, options: DenoiseOptions = DenoiseOptions(), *, progress: Progress = silent
+) -> None:
     """Denoise one map file; see `Denoiser` and the help of ``cryored denoise``.
 
     Parameters
@@ -116,6 +118,8 @@ def denoise_file(path: str, output: str, options: DenoiseOptions = DenoiseOption
     path, output : str
         MRC files, or ``-``. With ``options.half2`` the result is of the first half alone.
     options : DenoiseOptions
+    progress : callable
+        Is told how many tiles are done, and of how many.
 
     Raises
     ------
@@ -128,10 +132,12 @@ def denoise_file(path: str, output: str, options: DenoiseOptions = DenoiseOption
     fsc = None
     if model.card.input == "regularised" or model.card.knots:
         fsc = _given_fsc(path, volume, mask, options)
-    _denoise(_source(path, volume, fsc, model, options), mask, output, model, options)
+    _denoise(_source(path, volume, fsc, model, options), mask, output, model, options, progress)
 
 
-def denoise_halves(half1: str, half2: str, output: str, options: DenoiseOptions = DenoiseOptions()) -> None:
+def denoise_halves(
+    half1: str, half2: str, output: str, options: DenoiseOptions = DenoiseOptions(), *, progress: Progress = silent
+) -> None:
     """Denoise the average of two raw half-maps, weighted by what their FSC makes of the whole data set.
 
     The average's FSC to the truth is sqrt(2 f / (1 + f)), by which RELION weights its joined map (Rosenthal & Henderson
@@ -152,10 +158,12 @@ def denoise_halves(half1: str, half2: str, output: str, options: DenoiseOptions 
     mask = _read_mask(options.mask, half1, average)
     fsc = np.sqrt(whole_set_fsc(_half_fsc(half1, first, half2, second, mask, options)))
     source = _source(f"the average of {half1} and {half2}", average, fsc, model, options)
-    _denoise(source, mask, output, model, options)
+    _denoise(source, mask, output, model, options, progress)
 
 
-def denoise_job(folder: str, output: str, options: DenoiseOptions = DenoiseOptions()) -> None:
+def denoise_job(
+    folder: str, output: str, options: DenoiseOptions = DenoiseOptions(), *, progress: Progress = silent
+) -> None:
     """Denoise the average of a RELION job's unfiltered half-maps; its mask and pixel size stand in for those not given.
 
     Raises
@@ -168,7 +176,7 @@ def denoise_job(folder: str, output: str, options: DenoiseOptions = DenoiseOptio
     mask = options.mask if options.mask is not None or job.mask is None else str(job.mask)
     logger.info("%s and %s, %s", half1, half2, "no mask" if mask is None else f"mask {mask}")
     angpix = job.pixel_size if options.angpix is None else options.angpix
-    denoise_halves(str(half1), str(half2), output, replace(options, mask=mask, angpix=angpix))
+    denoise_halves(str(half1), str(half2), output, replace(options, mask=mask, angpix=angpix), progress=progress)
 
 
 def _begin(output: str, options: DenoiseOptions) -> Model:
@@ -302,8 +310,16 @@ def _denoise(
     output: str,
     model: Model,
     options: DenoiseOptions,
+    progress: Progress,
 ) -> None:
-    denoiser = Denoiser(model, gpu=options.gpu, threads=options.threads, tile=options.tile, rotations=options.rotations)
+    denoiser = Denoiser(
+        model,
+        gpu=options.gpu,
+        threads=options.threads,
+        tile=options.tile,
+        rotations=options.rotations,
+        progress=progress,
+    )
     volume = source.volume
     if options.uncertainty is None:
         results = [denoiser(volume, source.fsc)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ Array = npt.NDArray[np.float32]
 Curve = npt.NDArray[np.floating]
 Network = Callable[[Array], Array]
 Grids = tuple[Grid, Grid, Grid]
+Progress = Callable[[int, int], None]
 
 
 def crossover(frequency: npt.NDArray[Any], voxel_size: float, model_pixel: float) -> npt.NDArray[Any]:
@@ -86,7 +88,11 @@ def rotate_back(data: Array, rotation: Rotation) -> Array:
     return data[tuple(slice(None, None, sign) for sign in signs)].transpose(np.argsort(axes))
 
 
-def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) -> Array:
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int, progress: Progress = silent) -> Array:
     """Run a network over a map in overlapping tiles.
 
     Parameters
@@ -100,6 +106,8 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
         Edge of a tile; a map that is not larger is done in one pass.
     multiple : int
         Tiles start at multiples of it, so that the network pools the same voxels together as in one pass.
+    progress : callable
+        Is told how many tiles are done, and of how many.
 
     Returns
     -------
@@ -111,7 +119,8 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
     padded = window(data, (*data.shape[:-3], *padded_shape))
     result: Array | None = None
     weight = np.zeros(padded_shape, dtype=np.float32)
-    for corner in itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)):
+    corners = list(itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)))
+    for done, corner in enumerate(corners, 1):
         part = tuple(slice(start, min(start + tile, n)) for start, n in zip(corner, padded_shape, strict=True))
         ramps = [_ramp(along, n) for along, n in zip(part, padded_shape, strict=True)]
         blend = ramps[0][:, None, None] * ramps[1][None, :, None] * ramps[2][None, None, :]
@@ -121,6 +130,7 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int) ->
             result = np.zeros((*found.shape[:-3], *padded_shape), dtype=np.float32)
         result[place] += found * blend
         weight[part] += blend
+        progress(done, len(corners))
     assert result is not None
     return window(result / weight, (*result.shape[:-3], *data.shape[-3:]))
 
@@ -152,6 +162,8 @@ class Denoiser:
         Edge of the tiles in voxels of the model's size.
     rotations : int
         Average over the first so many of the 24 cube rotations.
+    progress : callable
+        Is told how many tiles are done, and of how many, over all rotations.
     """
 
     model: Model
@@ -159,6 +171,7 @@ class Denoiser:
     threads: int | None = None
     tile: int = DEFAULT_TILE
     rotations: int = 1
+    progress: Progress = silent
     device_name: str = ""  # where the last maps went through the network
     _network: Any = None
     _loaded_on: str = ""
@@ -222,8 +235,10 @@ class Denoiser:
     def load(self) -> None:
         """Load the network now instead of at the first map."""
         if self._network is None:
+            begin = time.monotonic()
             self._loaded_on = device.set_up(self.gpu, self.threads)
             self._network = load_network(self.model)
+            logger.debug("%s loaded on %s in %.1f s", self.model.card.name, self._loaded_on, time.monotonic() - begin)
 
     def _see(self, volume: Volume, fsc: Curve | None) -> _Seen:
         if volume.voxel_size <= 0:
@@ -324,15 +339,20 @@ class Denoiser:
         network = self._predict if told is None else partial(self._predict, told=told)
         total: Array | None = None
         padded = window(data, (len(data), *(n + 2 * _MARGIN for n in data.shape[1:])))
-        for rotation in cube_rotations()[: self.rotations]:
+        for number, rotation in enumerate(cube_rotations()[: self.rotations]):
             turned = np.stack([rotate(one, rotation) for one in padded])
-            turned = predict_tiled(network, turned, tile=self.tile, multiple=multiple)
+            turned = predict_tiled(
+                network, turned, tile=self.tile, multiple=multiple, progress=partial(self._tell, number)
+            )
             if total is None:
                 total = np.zeros((len(turned), *data.shape[1:]), dtype=np.float32)
             for sum_, one in zip(total, turned, strict=True):
                 sum_ += window(rotate_back(one, rotation), sum_.shape)
         assert total is not None
         return total / np.float32(self.rotations)
+
+    def _tell(self, rotation: int, done: int, tiles: int) -> None:
+        self.progress(rotation * tiles + done, self.rotations * tiles)
 
     def _smaller_tile(self, shape: tuple[int, ...]) -> int | None:
         """Return the next smaller tile for maps of a shape, if there is one."""
