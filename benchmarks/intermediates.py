@@ -26,7 +26,7 @@ import numpy as np
 from refine import VARIANTS
 
 from cryored.prior.models import DEFAULT_MODEL
-from cryored.refinement.relion_runs import Data, RefinementError, make_data, refine
+from cryored.refinement.relion_runs import Data, RefinementError, make_data, refine_by
 from cryored.training.evaluation import Denoise, Judgement, as_row, as_tsv, judge_map, summarise
 
 
@@ -94,7 +94,7 @@ def main(
         if not requests(data, "map"):
             click.echo(f"refining {folder.name} ...", err=True)
             try:
-                seconds = refine(data, "map", VARIANTS["map"])
+                seconds = refine_by(data, "map", VARIANTS["map"].reconstruction(data))
             except RefinementError as error:
                 sys.exit(str(error))
             click.echo(f"  {seconds:.0f} s", err=True)

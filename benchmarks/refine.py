@@ -16,8 +16,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,17 +27,15 @@ import numpy.typing as npt
 from cryored.prior.models import CARD, DEFAULT_MODEL, find_model
 from cryored.refinement.relion_runs import (
     LOCAL_SEARCH,
-    RELION_HOOK,
     Data,
+    Reconstruction,
     RefinementError,
     final_map,
     half_maps,
     iterations,
     make_data,
     make_mask,
-    refine,
-    resident,
-    solvent_mask,
+    refine_by,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -77,11 +74,15 @@ class Variant:
         (own / CARD).write_text(json.dumps(card | {"name": own.name, "weights": self.weights}), encoding="utf-8")
         return [*words, "--model", str(own)]
 
-    def hook(self, data: Data) -> str:
-        """Return what RELION calls."""
+    def reconstruction(self, data: Data, watched: bool = False) -> Reconstruction:
+        """Return what RELION calls; a mask is made from the run `PLAIN`."""
+        mask = make_mask(data, PLAIN) if self.masked else None
         if self.oracle:
-            return shlex.join([sys.executable, str(HERE / "oracle.py"), str(data.truth)])
-        return RELION_HOOK if self.options is None else shlex.join([str(HOOK), *self.arguments(data)])
+            program = shlex.join([sys.executable, str(HERE / "oracle.py"), str(data.truth)])
+            return Reconstruction(program=program, mask=mask)
+        if self.options is None:
+            return Reconstruction(mask=mask)
+        return Reconstruction(self.arguments(data), mask=mask, hook=HOOK, watched=watched, report=watched)
 
 
 # The denoised map alone in every shell with a half-map FSC above 1/7, the MAP map alone in the others: what RELION 5
@@ -118,12 +119,6 @@ def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
     mask = soft_mask(truth).data
     average = sum(half_maps(data, name)) / 2
     return shell_correlation(average * mask, truth.data * mask)
-
-
-def watched(variant: Variant, data: Data) -> Callable[[Path], AbstractContextManager[None]]:
-    """Return the companion that answers a variant's requests, and keeps a report of them in the run's folder."""
-    options = variant.arguments(data)
-    return lambda folder: resident(folder, options=[*options, "--report", str(folder / "report.html")])
 
 
 def judge(data: Data, names: list[str]) -> list[dict[str, object]]:
@@ -262,14 +257,8 @@ def main(
 
 def run(data: Data, name: str, watch: bool, extra: Sequence[str] = ()) -> None:
     """Refine one variant."""
-    variant = VARIANTS[name]
-    hook, companion = variant.hook(data), nullcontext
-    if watch and variant.options is not None:
-        hook, companion = str(HOOK), watched(variant, data)
-    search = [*LOCAL_SEARCH, *extra]
-    if variant.masked:
-        search += solvent_mask(data, make_mask(data, PLAIN))
-    seconds = refine(data, name, hook, search=search, companion=companion, on_iteration=_show_iteration)
+    how = VARIANTS[name].reconstruction(data, watch)
+    seconds = refine_by(data, name, how, search=[*LOCAL_SEARCH, *extra], on_iteration=_show_iteration)
     click.echo(f"  done in {seconds:.0f} s", err=True)
 
 

@@ -29,6 +29,7 @@ from cryored.files.star import read_star, write_star
 from cryored.maps.fourier import apply_shells
 from cryored.maps.fsc import SubstitutedFsc
 from cryored.reconstruction.projection import euler_angles, perturb, rotation_matrices
+from cryored.refinement import relion_runs
 from cryored.refinement.relion_runs import LOCAL_SEARCH, RefinementError
 from cryored.simulation.pair_table import Pair, write_pair, write_pairs
 
@@ -81,7 +82,7 @@ def refined(monkeypatch):
             {"particles": {"rlnImageName": star.texts("particles", "rlnImageName")} | columns},
         )
 
-    monkeypatch.setattr(work, "refine", refine)
+    monkeypatch.setattr(relion_runs, "refine", refine)
     return calls
 
 
@@ -237,7 +238,7 @@ def test_what_is_done_is_kept(experiment, refined):
 
 
 def test_a_failure_does_not_stop_the_others_and_leaves_no_record(experiment, refined, monkeypatch):
-    good = work.refine
+    good = relion_runs.refine
 
     def fail(data, name, *arguments, **more):
         if name == "cwred":
@@ -245,7 +246,7 @@ def test_a_failure_does_not_stop_the_others_and_leaves_no_record(experiment, ref
         good(data, name, *arguments, **more)
 
     work.do_run(experiment, A, "cwred")
-    monkeypatch.setattr(work, "refine", fail)
+    monkeypatch.setattr(relion_runs, "refine", fail)
     experiment = dataclasses.replace(experiment, relion=("--gpu",))  # all is outdated
     assert experiment.state(A, "cwred") == "outdated"
     failed = work.do_all(experiment, [A], ["map", "cwred", "cwred-limit"], 1)
@@ -262,7 +263,7 @@ def test_an_interrupt_ends_what_runs_and_begins_no_other(experiment, monkeypatch
         assert stop.wait(10)
         raise RefinementError("stopped")
 
-    monkeypatch.setattr(work, "refine", refine)
+    monkeypatch.setattr(relion_runs, "refine", refine)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what runs in the background
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -335,7 +336,7 @@ def test_single_passes_need_the_map_run(experiment):
 
 
 def test_the_watcher_serves_while_the_block_runs(tmp_path):
-    with work.resident(tmp_path, options=("--lambda", "0")):
+    with relion_runs.resident(tmp_path, options=("--lambda", "0")):
         presence = (tmp_path / "cryored_watch.txt").read_text()
         assert "state serving" in presence
         assert "option --lambda\noption 0" in presence
@@ -345,7 +346,7 @@ def test_the_watcher_serves_while_the_block_runs(tmp_path):
 def test_a_watcher_that_cannot_start_is_an_error(tmp_path):
     with (
         pytest.raises(RefinementError, match=r"watch.log: cryored watch ended with status 1; the log says why"),
-        work.resident(tmp_path, options=("--model", "none-such")),
+        relion_runs.resident(tmp_path, options=("--model", "none-such")),
     ):
         pytest.fail("the block must not run")
     assert "none-such" in (tmp_path / "watch.log").read_text()

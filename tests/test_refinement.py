@@ -28,7 +28,7 @@ def data(tmp_path_factory):
     data = refine.make_data(str(STRUCTURE), folder, box=48, angpix=2.0, number=300, snr=0.08)
     for name in ("relion", "map", "cwred"):
         refine.run(data, name, watch=False)
-    refine.refine(data, "watched", str(refine.HOOK), companion=refine.watched(refine.VARIANTS["cwred"]))
+    refine.refine_by(data, "watched", refine.VARIANTS["cwred"].reconstruction(data, watched=True))
     return data
 
 

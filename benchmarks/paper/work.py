@@ -19,7 +19,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,17 +40,15 @@ from cryored.refinement.harvest_relion import Display
 from cryored.refinement.red_update import DENOISED
 from cryored.refinement.relion_runs import (
     MASK,
-    RELION_HOOK,
     Data,
+    Reconstruction,
     RefinementError,
     final_map,
     half_maps,
     iterations,
     make_data,
     make_mask,
-    refine,
-    resident,
-    solvent_mask,
+    refine_by,
 )
 from cryored.simulation.harvest import HarvestOptions, harvest_files
 from cryored.simulation.pair_table import read_pairs
@@ -291,26 +288,20 @@ def _refine(
     stop: threading.Event | None,
 ) -> Record:
     run, target = RUNS[name], data.folder / name
-    hook, companion = RELION_HOOK, nullcontext
-    search = [*experiment.scale.search, *experiment.relion]
-    if run.masked:
-        search += solvent_mask(data, _mask(experiment, data))
+    mask = _mask(experiment, data) if run.masked else None
     if run.oracle:
-        hook = shlex.join([sys.executable, str(ORACLE), str(data.truth)])
-    elif run.model is not None:
+        how = Reconstruction(program=shlex.join([sys.executable, str(ORACLE), str(data.truth)]), mask=mask)
+    elif run.model is None:
+        how = Reconstruction(mask=mask)
+    else:
         options = ("--model", run.model, *run.options)
-        hook = shlex.quote(str(HOOK))
-        if experiment.hook == "watch":
-            companion = partial(resident, options=options)
-        else:
-            hook += f" {shlex.join(options)}"
-    refine(
+        how = Reconstruction(options, mask=mask, hook=HOOK, watched=experiment.hook == "watch")
+    refine_by(
         data,
         name,
-        hook,
-        search=search,
+        how,
+        search=[*experiment.scale.search, *experiment.relion],
         timeout=experiment.scale.timeout,
-        companion=companion,
         on_iteration=on_iteration,
         stop=stop,
     )
@@ -333,7 +324,7 @@ def _mask(experiment: Experiment, data: Data) -> Path:
     if not path.exists():
         if not final_map(data, PLAIN).exists():
             search = (*experiment.scale.search, *experiment.relion)
-            refine(data, PLAIN, RELION_HOOK, search=search, timeout=experiment.scale.timeout)
+            refine_by(data, PLAIN, Reconstruction(), search=search, timeout=experiment.scale.timeout)
             for left in (data.folder / PLAIN).glob("run_it*"):
                 left.unlink()
         make_mask(data, PLAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,73 @@ def refine(
             f"{log}: relion_refine_mpi failed with status {run.returncode}: {_complaint(log)}; the log has more"
         )
     return time.monotonic() - begin
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What reconstructs in the iterations of a refinement.
+
+    Parameters
+    ----------
+    options : sequence of str, optional
+        Of ``cryored red-update``; without these RELION's own program reconstructs.
+    program : str, optional
+        A shell command instead.
+    mask : Path, optional
+        Solvent mask that RELION refines within.
+    hook : Path
+        ``cryored-external-reconstruct``, for `options`.
+    watched : bool
+        A watcher with the options answers.
+    report : bool
+        It keeps a report.html in the run's folder.
+    """
+
+    options: Sequence[str] | None = None
+    program: str | None = None
+    mask: Path | None = None
+    hook: Path = Path("cryored-external-reconstruct")
+    watched: bool = False
+    report: bool = False
+
+    def command(self) -> str:
+        """Return the value of RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE."""
+        if self.program is not None:
+            return self.program
+        if self.options is None:
+            return RELION_HOOK
+        return shlex.join([str(self.hook), *([] if self.watched else self.options)])
+
+    def companion(self, folder: Path) -> AbstractContextManager[None]:
+        """Return what lives beside RELION: the watcher of the run's folder, or nothing."""
+        if not self.watched or self.options is None:
+            return nullcontext()
+        report = ["--report", str(folder / "report.html")] if self.report else []
+        return resident(folder, options=[*self.options, *report])
+
+
+def refine_by(
+    data: Data,
+    name: str,
+    how: Reconstruction,
+    *,
+    search: Sequence[str] = LOCAL_SEARCH,
+    timeout: float = 1800,
+    on_iteration: Callable[[int], None] = lambda number: None,
+    stop: threading.Event | None = None,
+) -> float:
+    """Refine with a reconstruction; see `refine`."""
+    words = [*search, *(solvent_mask(data, how.mask) if how.mask is not None else ())]
+    return refine(
+        data,
+        name,
+        how.command(),
+        search=words,
+        timeout=timeout,
+        companion=how.companion,
+        on_iteration=on_iteration,
+        stop=stop,
+    )
 
 
 @contextmanager
