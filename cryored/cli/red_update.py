@@ -54,7 +54,8 @@ def red_update(
 
     Computes x = (B + g f / v) / (K + 1 / v), with f the denoised MAP map, g its gain and v its variance in each
     shell, and writes the map that the request names. A line of JSON about it is appended to ROOT_cryored.log beside
-    the request. To put it into a refinement set RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE to cryored-external-reconstruct.
+    the request. To put it into a refinement set RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE to cryored-external-reconstruct,
+    which asks `cryored watch` where that serves the request's folder, and becomes red-update where it does not.
 
     \b
     Example, step by step what one call does, in RELION's project folder:
