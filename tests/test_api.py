@@ -33,6 +33,7 @@ def test_importing_it_loads_nothing():
     assert done.stdout == "False\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
 def test_examples(number, tmp_path, monkeypatch, capsys):
     shutil.copytree(DATA / "relion_requests" / "pka_box64_pad1" / "run", tmp_path / "run")

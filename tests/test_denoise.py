@@ -637,6 +637,7 @@ def test_short_of_memory_in_smaller_pieces(monkeypatch, caplog, most, warning):
     assert denoiser.device_name == "GPU H1"
 
 
+@pytest.mark.slow
 def test_short_of_all_memory_goes_to_the_cpu_and_says_so(monkeypatch, caplog):
     volume = blob(80, 1.5)
     denoiser = Denoiser(short_of_memory(monkeypatch, 10**3, "GPU H1"))

@@ -146,6 +146,7 @@ def test_same_seed_same_bytes(truth, monkeypatch):
     assert np.any(other[0].fsc != one[0].fsc)
 
 
+@pytest.mark.slow
 def test_a_drawn_molecule_is_refined_whole(atoms):
     couples = list(intermediate_pairs(atoms, BOX, ANGPIX, RESOLUTION, rng=np.random.default_rng(0)))
     assert 3 <= len(couples) <= 12

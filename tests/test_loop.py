@@ -212,6 +212,7 @@ def go(folder, network, make, state, recipe=TINY, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": True}, {"schedule": "constant", "loss": "l1"}])
 def test_a_run_in_two_pieces_is_the_run_in_one(store, table, tmp_path, changes):
     """The same curve, the same best step and the same weights, there and at the end."""
@@ -355,6 +356,7 @@ with device.scope(4):
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["tensorflow", pytest.param("jax", marks=pytest.mark.slow)])
 def test_two_devices_train_as_one(table, tmp_path, engine):
     """Each takes half of the batch; normalisation, gradients and loss are those of the whole."""

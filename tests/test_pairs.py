@@ -267,6 +267,7 @@ def test_same_seed_same_bytes_in_shards(made, structures, tmp_path):
     assert contents(tmp_path) == contents(made)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_on_a_cluster(made, structures, tmp_path, monkeypatch):
     """Workers in another folder find what a relative path means."""
     distributed = pytest.importorskip("distributed")
@@ -314,6 +315,7 @@ def start(*words, folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("jobs", "sent"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_a_killed_run_goes_on_where_it_was(structures, tmp_path, jobs, sent):
     """Stopped anywhere: the same command makes the rest, and the bytes of a run that was left alone."""
@@ -679,6 +681,7 @@ def test_the_example_of_the_help_runs(structures, tmp_path, monkeypatch):
     assert "--from-relion Refine3D/run --truth truth.mrc" in lines[1]  # run with requests in test_harvest.py
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer_leaves_no_folder(structures, tmp_path):
     words = ["simulate", "pairs", structures[1], "-o", str(tmp_path / "pairs"), "--scheduler", "tcp://127.0.0.1:1"]
     done = CliRunner().invoke(cli, [*words, "--box", "32", "--angpix", "3", "--number", "1"])

@@ -130,6 +130,7 @@ def test_good_particles_give_the_truth_on_its_grey_scale(truth):
         assert np.linalg.norm(ops.convert_to_numpy(half.regularised)) < np.linalg.norm(found)
 
 
+@pytest.mark.slow
 def test_better_particles_resolve_more_and_a_seed_repeats(truth):
     from keras import ops
 

@@ -941,6 +941,7 @@ for kind in inputs:
 """
 
 
+@pytest.mark.slow
 def test_one_call_is_three_steps(project):
     """With a tiny network of random weights, for both kinds of input; in a process of its own for TensorFlow."""
     job = project()

@@ -123,6 +123,7 @@ def test_the_network_is_told_the_fsc_at_the_frequencies_of_its_own_pixel_size(mo
     assert denoiser(model("plain"))._told(molecule(), falling()) is None
 
 
+@pytest.mark.slow
 def test_each_map_has_its_own_fsc_in_all_tiles_and_rotations(model):
     options = {"tile": 56, "rotations": 2}
     maps = [Volume(molecule(52, seed=seed).data[:, 10:42, 10:42], ANGPIX) for seed in (1, 2)] + [molecule(20, seed=3)]

@@ -109,6 +109,7 @@ def test_an_order_gets_what_red_update_gives(project, lam):
     assert {"waited", "read", "map", "write"} <= entry.seconds.keys()
 
 
+@pytest.mark.slow
 def test_the_network_is_called_once_for_the_halves(project, monkeypatch):
     expected = [cold(root, "--lambda", "1", "--cpu") for root in HALVES]
     calls = []

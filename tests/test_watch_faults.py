@@ -149,6 +149,7 @@ def test_killed_before_a_request(watch):
     check(HALVES[0], ["red-update"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_killed_during_a_request(watch, stopped):
     """Killed, or stopped so that only its beat tells: the hook does it itself, and a result of both is one result."""
@@ -256,6 +257,7 @@ def test_one_half_fails_and_the_other_stays(watch):
     assert not result(HALVES[1]).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_middle_ends_it_after_the_request(watch, number):
     watcher = watch(program=("-c", SLOW))
