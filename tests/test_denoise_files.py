@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import subprocess
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -152,10 +153,45 @@ def test_sharpening_is_undone_for_the_network_and_done_again(truth, monkeypatch,
     np.testing.assert_allclose(of("out.mrc"), of("map.mrc"), atol=1e-5 * of("map.mrc").max())
 
 
+def test_a_sharpened_map_has_no_sigma(truth, monkeypatch):
+    monkeypatch.setattr("cryored.prior.denoise_files.check_uncertainty", lambda model: None)
+    data = sharpened(low_pass(truth.data, 1.5, 4.5).astype(np.float32), 1.5, 90)
+    write_volume("map.mrc", truth.with_data(data), label="test")
+    done = denoise("map.mrc", "-o", "out.mrc", "--uncertainty", "sigma.mrc")
+    assert done.exit_code == 1
+    assert "expected an unsharpened map for --uncertainty" in done.stderr
+    assert not Path("out.mrc").exists() and not Path("sigma.mrc").exists()
+    assert denoise("map.mrc", "-o", "out.mrc", "--uncertainty", "sigma.mrc", "--bfactor", -50).exit_code == 2
+
+
 def test_the_result_is_sharpened_on_demand(truth):
     write_volume("map.mrc", truth, label="test")
     assert denoise("map.mrc", "-o", "out.mrc", "--bfactor", -80).exit_code == 0
     np.testing.assert_allclose(of("out.mrc"), sharpened(truth.data, 1.5, 80), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.relion
+@pytest.mark.skipif(shutil.which("relion_postprocess") is None, reason="relion_postprocess is not on the PATH")
+def test_the_automatic_b_factor_is_relions():
+    Path("run").mkdir()
+    for half in HALVES:
+        shutil.copy(half, Path("run") / half.name)
+    command = ["relion_postprocess", "--i", f"run/{HALVES[0].name}", "--angpix", "1.5", "--auto_bfac", "--o", "post"]
+    # Its exit status tells of the plots that it draws last, which fail without Ghostscript or without a mask.
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    expected = float(re.search(r"apply b-factor of:\s+(-?[\d.]+)", told).group(1))
+    done = denoise("--half1", HALVES[0], "--half2", HALVES[1], "-o", "out.mrc", "--bfactor", "auto")
+    assert done.exit_code == 0, done.output
+    found = float(re.search(r"by a B factor of (-?[\d.]+) A", done.stderr).group(1))
+    assert found == pytest.approx(expected, rel=0.01, abs=0.1)
+
+
+def test_the_automatic_b_factor_needs_half_maps(truth):
+    write_volume("map.mrc", truth, label="test")
+    done = denoise("map.mrc", "-o", "out.mrc", "--bfactor", "auto")
+    assert done.exit_code == 1
+    assert "map.mrc: no FSC, expected that of half-maps for --bfactor auto; give a number" in done.stderr
+    assert denoise("map.mrc", "-o", "out.mrc", "--bfactor", "much").exit_code == 2
 
 
 # Maps that the model is not made for

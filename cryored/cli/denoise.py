@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 
 from cryored.cli import options
@@ -42,9 +44,10 @@ from cryored.files.output import is_stream
 @options.plot
 @click.option(
     "--bfactor",
-    type=click.FloatRange(-1000, 1000),
-    metavar="A^2",
-    help="Sharpen the result: negative values as in relion_postprocess --adhoc_bfac.",
+    type=options.BFactor(),
+    metavar="A^2|auto",
+    help="Sharpen the result: negative values as in relion_postprocess --adhoc_bfac; auto as its --auto_bfac, from the "
+    "half-maps.",
 )
 @options.angpix
 @click.option(
@@ -80,7 +83,7 @@ def denoise(
     difference: str | None,
     chimerax: str | None,
     plot: str | None,
-    bfactor: float | None,
+    bfactor: float | Literal["auto"] | None,
     angpix: float | None,
     rotations: int,
     tile: int,
@@ -111,6 +114,8 @@ def denoise(
         raise click.UsageError("the job's own half-maps are taken; leave --half2 and --fsc out")
     if half2 is not None and fsc is not None:
         raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
+    if bfactor is not None and uncertainty is not None:
+        raise click.UsageError("--uncertainty is of the map as it is, not of one that --bfactor sharpens; give one")
     if uncertainty == output:
         raise click.UsageError(f"--output and --uncertainty are both '{output}'; give them names of their own")
     if chimerax is not None:

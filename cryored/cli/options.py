@@ -123,6 +123,24 @@ grid_angpix = click.option(
 )
 
 
+class BFactor(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A number of square angstrom, or ``auto``."""
+
+    name = "A^2|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Return the number, or ``auto``."""
+        if value == "auto":
+            return "auto"
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = float("nan")
+        if not -1000 <= number <= 1000:
+            self.fail(f"'{value}' is not auto or a number from -1000 to 1000", param, ctx)
+        return number
+
+
 class _Lambda(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     name = "auto|paper|0..1"
 

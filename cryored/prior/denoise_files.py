@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_corre
 from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import DEFAULT_TILE, Denoiser, Progress, silent
-from cryored.prior.falloff import sharpened, sharpening
+from cryored.prior.falloff import guinier_bfactor, sharpened, sharpening
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ class DenoiseOptions:
         Script that shows both maps (see `cryored.files.chimerax`).
     plot : str, optional
         PNG of slices, FSC and power.
-    bfactor : float, optional
-        Sharpen the result by so many square angstrom, negative as RELION has it.
+    bfactor : float or "auto", optional
+        Sharpen the result by so many square angstrom, negative as RELION has it; "auto" finds it by a Guinier plot of
+        the weighted map (see `guinier_bfactor`).
     angpix : float, optional
         Pixel size in angstrom, instead of the one in the file.
     rotations, tile, gpu, threads
@@ -77,7 +79,7 @@ class DenoiseOptions:
     difference: str | None = None
     chimerax: str | None = None
     plot: str | None = None
-    bfactor: float | None = None
+    bfactor: float | Literal["auto"] | None = None
     angpix: float | None = None
     rotations: int = 1
     tile: int = DEFAULT_TILE
@@ -234,6 +236,11 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
     bfactor = sharpening(volume)
     if bfactor < _SHARPENED:
         return _Source(path, volume, None)
+    if options.uncertainty is not None:
+        raise InputError(
+            f"{path}: sharpened, by a B factor of about -{bfactor:.0f} A^2, expected an unsharpened map for "
+            "--uncertainty; a voxel's sigma says nothing of the sharpened one's; give the half-maps"
+        )
     logger.warning(
         "%s is sharpened, by a B factor of about -%.0f A^2 against maps inside a refinement, which the prior knows: it "
         "is blurred by as much for the network, and the result sharpened again",
@@ -320,23 +327,21 @@ def _denoise(
         rotations=options.rotations,
         progress=progress,
     )
-    volume = source.volume
     if options.uncertainty is None:
-        results = [denoiser(volume, source.fsc)]
+        found = [denoiser(source.volume, source.fsc)]
     else:
-        results = [*denoiser.with_uncertainty(volume, source.fsc)]
-    given = volume
+        found = [*denoiser.with_uncertainty(source.volume, source.fsc)]
     finish = _finisher(source, mask, options)
-    given, results = finish(given), [finish(result) for result in results]
+    given, *results = (finish(volume) for volume in (source.volume, *found))
     if denoiser.device_name:
         logger.info("denoised with %s on %s", model.card.name, denoiser.device_name)
-        _tell(source, volume, given, results[0], mask, options)
+        _tell(source, given, results[0], mask, options)
     else:
         logger.info("%s is constant: returned as it is", source.name)
     by = f"{model.card.name} {model.card.sha256[:8]} rotations {options.rotations}"
     write_volume(output, results[0], label=f"denoise {by}")
-    difference = results[0].with_data(results[0].data - given.data)
     if options.difference is not None:
+        difference = results[0].with_data(results[0].data - given.data)
         write_volume(options.difference, difference, label=f"denoise difference {by}")
     if options.uncertainty is not None:
         write_volume(options.uncertainty, results[1], label=f"denoise uncertainty {by}")
@@ -353,7 +358,13 @@ def _finisher(
     source: _Source, mask: npt.NDArray[np.float32] | None, options: DenoiseOptions
 ) -> Callable[[Volume], Volume]:
     """Return what is done with every map that is written: sharpened again, sharpened more, masked."""
-    bfactor = source.sharpening - (options.bfactor or 0.0)
+    wanted = options.bfactor or 0.0
+    if wanted == "auto":
+        if source.fsc is None:
+            raise InputError(f"{source.name}: no FSC, expected that of half-maps for --bfactor auto; give a number")
+        wanted = guinier_bfactor(source.volume, np.asarray(source.fsc, dtype=np.float64))
+        logger.info("%s: sharpened by a B factor of %.1f A^2, by the Guinier plot from 10 A on", source.name, wanted)
+    bfactor = source.sharpening - wanted
 
     def finish(volume: Volume) -> Volume:
         data = volume.data
@@ -366,14 +377,13 @@ def _finisher(
 
 def _tell(
     source: _Source,
-    seen: Volume,
     given: Volume,
     result: Volume,
     mask: npt.NDArray[np.float32] | None,
     options: DenoiseOptions,
 ) -> None:
     """Say by what the map was weighted, by how much it was changed, and to which resolution."""
-    frequency = np.arange(max(seen.shape) // 2 + 1) / (max(seen.shape) * seen.voxel_size)
+    frequency = np.arange(max(given.shape) // 2 + 1) / (max(given.shape) * given.voxel_size)
     weighted = "not weighted"
     if source.fsc is not None:
         inside = "" if mask is None else " within the mask"

@@ -8,13 +8,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cryored.maps.fourier import forward, inverse, shell_power, spatial_frequency
+from cryored.errors import InputError
+from cryored.maps.fourier import forward, inverse, shell_index, shell_power, spatial_frequency
 from cryored.maps.volume import Floats, Volume
 
 # Logarithm of the amplitude of proteins whose atoms are Gaussians of 3 A, the mean of 40 structures (their scatter is
 # 0.03), at these resolutions in angstrom.
 _RESOLUTION = (12.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.5, 5.0, 4.7, 4.4, 4.0, 3.7, 3.4, 3.1)
 _PROTEIN = (0.673, 0.468, 0.313, 0.152, 0.001, -0.078, -0.066, -0.028, -0.031, -0.096, -0.256, -0.395, -0.591, -0.835)
+_COARSEST = 10.0  # angstrom, at which a Guinier plot's line begins (relion_postprocess --autob_lowres)
 _LEAST_SHELLS = 5  # for a line through them
 _BEFORE = 0.8  # of the frequency of that, up to which nothing but sharpening shapes the spectrum
 _FALLEN = 0.15  # of the amplitude before it, after which a map is low-pass filtered
@@ -45,6 +47,37 @@ def sharpening(volume: Volume) -> float:
     protein = np.interp(frequency[used], [1 / one for one in _RESOLUTION], _PROTEIN)
     slope = np.polyfit(frequency[used] ** 2, np.log(amplitude[used]) - protein, 1)[0]
     return float(4 * slope)
+
+
+def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
+    """Return the B factor that relion_postprocess --auto_bfac sharpens by, in square angstrom; negative sharpens.
+
+    Four times the slope of the logarithm of the mean amplitude against 1 / d**2, from 10 A to the shell before the FSC
+    first drops below 0.0001 (Postprocessing::sharpenMap).
+
+    Parameters
+    ----------
+    volume : Volume
+        The average of two half-maps, weighted by sqrt(2 FSC / (1 + FSC)).
+    fsc : (max(shape) // 2 + 1,) float64
+        Of the half-maps, or the weights: their zeros are the same.
+
+    Raises
+    ------
+    InputError
+        Fewer than two shells are left for the line.
+    """
+    box = max(volume.shape)
+    amplitude = np.bincount(shell_index(volume.shape).ravel(), np.abs(forward(volume.data)).ravel())[: box // 2 + 1]
+    count = np.bincount(shell_index(volume.shape).ravel())[: box // 2 + 1]
+    frequency = np.arange(box // 2 + 1) / (box * volume.voxel_size)
+    below = np.flatnonzero(np.asarray(fsc) < 1e-4)
+    used = (frequency >= 1 / _COARSEST) & (amplitude > 0)
+    if below.size:
+        used[below[0] :] = False
+    if used.sum() < 2:
+        raise InputError("fewer than two shells beyond 10 A hold signal, too few for a Guinier plot; give a number")
+    return float(4 * np.polyfit(frequency[used] ** 2, np.log(amplitude[used] / count[used]), 1)[0])
 
 
 def sharpened(data: Floats, voxel_size: float, bfactor: float, threads: int | None = None) -> Floats:
