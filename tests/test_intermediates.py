@@ -207,4 +207,4 @@ def curve(box, half, tail, end):
 )
 def test_the_current_image_size_grows_as_in_relion(half, tail, r_max, first, expected):
     fsc = curve(96, half, tail, r_max - 1)
-    assert intermediates._next_radius(fsc, r_max, 96, first=first) == expected
+    assert intermediates.next_radius(fsc, r_max, 96, first=first) == expected

@@ -31,15 +31,15 @@ from cryored.simulation.gaussian import turned
 from cryored.simulation.pair_table import Array, Pair
 from cryored.simulation.structure import Atoms
 
-_ROUNDS = (1.0, 0.5, 0.25)  # width of the search about the best pose so far, in spreads; one round after the other
-_POSES = 24  # that a particle tries in a round
+ROUNDS = (1.0, 0.5, 0.25)  # width of the search about the best pose so far, in spreads; one round after the other
+POSES = 24  # that a particle tries in a round
 _LEAST = 0.01  # probability, over the best pose's, below which a pose is not used
-_NARROWER = 0.7  # from one iteration's spread of the search to the next
-_LEAST_ANGLE, _LEAST_SHIFT = 3.0, 0.5  # degrees and pixels: the spread never falls below
-_INCREASE = 10  # shells by which the current image size exceeds the resolution (RELION's incr_size)
+NARROWER = 0.7  # from one iteration's spread of the search to the next
+LEAST_ANGLE, LEAST_SHIFT = 3.0, 0.5  # degrees and pixels: the spread never falls below
+INCREASE = 10  # shells by which the current image size exceeds the resolution (RELION's incr_size)
 _HIGH_FSC = 0.2  # at the current image size's limit: then it grows faster
-_JOIN = 40.0  # angstrom down to which the halves are joined, so that they do not drift apart
-_PATIENCE = 2  # iterations without a better resolution that end a refinement
+JOIN = 40.0  # angstrom down to which the halves are joined, so that they do not drift apart
+PATIENCE = 2  # iterations without a better resolution that end a refinement
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def trajectory(
     halves = _make_halves(truth, angpix, experiment, rng)
     mask = soft_sphere(truth.shape, diameter / angpix / 2, 5.0)
     references = [low_pass(truth, angpix, experiment.ini_high)] * 2
-    r_max = min(box // 2, round(box * angpix / experiment.ini_high) + _INCREASE)
+    r_max = min(box // 2, round(box * angpix / experiment.ini_high) + INCREASE)
     angle, shift = experiment.angle, max(experiment.shift, 1.0)
     best, stalled = math.inf, 0
     for iteration in range(iterations):
@@ -175,17 +175,17 @@ def trajectory(
             half.step(Projector(reference * mask, padding=experiment.pad), r_max, np.deg2rad(angle), shift)
             for half, reference in zip(halves, references, strict=True)
         ]
-        _join(sums[0], sums[1], math.ceil(box * angpix / _JOIN))
+        _join(sums[0], sums[1], math.ceil(box * angpix / JOIN))
         fsc = half_map_correlation(sums[0], sums[1])
         yield Intermediate((sums[0], sums[1]), fsc, r_max)
         resolution = nominal_resolution(np.arange(box // 2 + 1) / (box * angpix), fsc)
         stalled = 0 if resolution < best else stalled + 1
-        if stalled == _PATIENCE:
+        if stalled == PATIENCE:
             return
         best = min(best, resolution)
         references = [reconstruct(half, prior=map_prior(half, fsc)) for half in sums]
-        r_max = _next_radius(fsc, r_max, box, first=iteration == 0)
-        angle, shift = max(_NARROWER * angle, _LEAST_ANGLE), max(_NARROWER * shift, _LEAST_SHIFT)
+        r_max = next_radius(fsc, r_max, box, first=iteration == 0)
+        angle, shift = max(NARROWER * angle, LEAST_ANGLE), max(NARROWER * shift, LEAST_SHIFT)
 
 
 def map_prior(sums: Accumulators, fsc: Shells) -> Shells:
@@ -251,8 +251,8 @@ class _Half:
         count = len(self._slices)
         centre = np.zeros((count, 1, 5))
         tried, likelihood, density = [], [], []
-        for width in _ROUNDS:
-            poses = centre + width * self._rng.standard_normal((count, _POSES, 5))
+        for width in ROUNDS:
+            poses = centre + width * self._rng.standard_normal((count, POSES, 5))
             rotations, shifts = self._poses(poses, angle, shift)
             likelihood.append(reference.log_likelihoods(self._slices, self._weights, rotations, shifts, r_max))
             tried.append(poses)
@@ -320,7 +320,7 @@ def _join(first: Accumulators, second: Accumulators, shell: int) -> None:
         a[inside] = b[inside] = (a[inside] + b[inside]) / 2
 
 
-def _next_radius(fsc: Shells, r_max: int, box: int, *, first: bool) -> int:
+def next_radius(fsc: Shells, r_max: int, box: int, *, first: bool) -> int:
     """Return half the next current image size (updateImageSizeAndResolutionPointers in RELION's ml_optimiser.cpp).
 
     In the first iteration the poses are too uncertain for the faster growth.
@@ -328,5 +328,5 @@ def _next_radius(fsc: Shells, r_max: int, box: int, *, first: bool) -> int:
     below = np.flatnonzero(fsc < 0.5)
     resolved = int(below[0]) - 1 if below.size else r_max
     high = fsc[r_max - 1] > _HIGH_FSC
-    increase = round(0.25 * (box // 2)) if high and not first else _INCREASE
+    increase = round(0.25 * (box // 2)) if high and not first else INCREASE
     return min(max(resolved, 1) + increase, box // 2)

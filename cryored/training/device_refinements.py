@@ -23,17 +23,20 @@ from cryored.maps.fourier import frequencies
 from cryored.maps.fsc import nominal_resolution
 from cryored.maps.volume import soft_sphere, squared_distance
 from cryored.reconstruction.projection import perturb, random_rotations
-from cryored.simulation.intermediates import Experiment
+from cryored.simulation.intermediates import (
+    INCREASE,
+    JOIN,
+    LEAST_ANGLE,
+    LEAST_SHIFT,
+    NARROWER,
+    PATIENCE,
+    POSES,
+    ROUNDS,
+    Experiment,
+    next_radius,
+)
 
-_ROUNDS = (1.0, 0.5, 0.25)  # width of the search about the best pose so far, in spreads
-_POSES = 24  # that a particle tries in a round
 _USED = 16  # most probable poses of a particle that are back-projected
-_NARROWER = 0.7  # from one iteration's spread of the search to the next
-_LEAST_ANGLE, _LEAST_SHIFT = 3.0, 0.5  # degrees and pixels: the spread never falls below
-_INCREASE = 10  # shells by which the current image size exceeds the resolution
-_HIGH_FSC = 0.2  # at the current image size's limit: then it grows faster
-_JOIN = 40.0  # angstrom down to which the halves are joined
-_PATIENCE = 2  # iterations without a better resolution that end a refinement
 _RELIABLE = 0.5  # FSC of the shells that tell the grey scale
 _AT_A_TIME = 1 << 22  # interpolated coefficients
 _STEPS = 6  # radii of the image size: few, because compilers make a program for each shape
@@ -148,13 +151,13 @@ class Refiner:
         cutoff = ops.cast(self._radius < length / experiment.ini_high, "float32")[:, None]
         first = self.inverse(self.forward(start) * cutoff)
         references = [first, first]
-        r_max = self._allowed(round(length / experiment.ini_high) + _INCREASE)
+        r_max = self._allowed(round(length / experiment.ini_high) + INCREASE)
         angle, shift = experiment.angle, max(experiment.shift, 1.0)
         known = self.forward(truth)
         best, stalled = math.inf, 0
         for number in range(1, iterations + 1):
             sums = particles.step([reference * mask for reference in references], r_max, np.deg2rad(angle), shift, rng)
-            sums = self._joined(sums, math.ceil(length / _JOIN))
+            sums = self._joined(sums, math.ceil(length / JOIN))
             average = [one[:, :2] / ops.maximum(one[:, 2:], 1e-30) for one in sums]
             fsc = self.correlation(average[0], average[1])
             fsc[r_max:] = 0.0
@@ -171,12 +174,12 @@ class Refiner:
                 resolution,
             )
             stalled = 0 if resolution < best else stalled + 1
-            if stalled == _PATIENCE:
+            if stalled == PATIENCE:
                 return
             best = min(best, resolution)
             references = [regularised for regularised, _ in maps]
-            r_max = self._next_radius(fsc, r_max, first=number == 1)
-            angle, shift = max(_NARROWER * angle, _LEAST_ANGLE), max(_NARROWER * shift, _LEAST_SHIFT)
+            r_max = self._allowed(next_radius(fsc, r_max, self._box, first=number == 1))
+            angle, shift = max(NARROWER * angle, LEAST_ANGLE), max(NARROWER * shift, LEAST_SHIFT)
 
     def forward(self, data: Tensor) -> Tensor:
         """Transform a map, centred, (n, n, n) to (n**3, 2)."""
@@ -229,13 +232,6 @@ class Refiner:
     def _allowed(self, radius: int) -> int:
         step = self._box // 2 / _STEPS
         return min(self._box // 2, math.ceil(math.ceil(radius / step) * step))
-
-    def _next_radius(self, fsc: Doubles, r_max: int, *, first: bool) -> int:
-        below = np.flatnonzero(fsc < 0.5)
-        resolved = int(below[0]) - 1 if below.size else r_max
-        high = fsc[r_max - 1] > _HIGH_FSC
-        increase = round(0.25 * (self._box // 2)) if high and not first else _INCREASE
-        return self._allowed(max(resolved, 1) + increase)
 
     def _grey_scale(self, average: list[Tensor], known: Tensor, fsc: Doubles) -> float:
         """Return what to divide by: least squares on the truth in the shells before the first poor one."""
@@ -345,8 +341,8 @@ class _Particles:
         compared, comparing = weighted * _tensor(counts)[:, None], weights * _tensor(counts)
         centre = ops.zeros((number, 1, 5))
         tried, likelihood, middles = [], [], []
-        for width in _ROUNDS:
-            draws = rng.standard_normal((number, _POSES, 5), dtype=np.float32)
+        for width in ROUNDS:
+            draws = rng.standard_normal((number, POSES, 5), dtype=np.float32)
             poses = centre + _tensor(width * draws)
             rotations, shifts = self._poses(poses, angle, shift)
             likelihood.append(self._likelihood(volume, offset, compared, comparing, rotations, shifts))
