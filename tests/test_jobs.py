@@ -146,3 +146,15 @@ def test_another_folder(project):
     done = CliRunner().invoke(cli, ["fsc", "one.mrc"])
     assert done.exit_code == 2
     assert "the folder of a RELION job alone" in done.stderr
+
+
+def test_check_takes_the_last_request_of_a_job(tmp_path, monkeypatch):
+    shutil.copytree(PKA.parent / "relion_requests" / "box32_pad2", tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    done = CliRunner().invoke(cli, ["red-update", "run", "--check", "--lambda", "0"])
+    assert done.exit_code == 0, done.output
+    assert '"request": "run/run_it010_class001_external_reconstruct.star"' in done.stdout
+    assert CliRunner().invoke(cli, ["red-update", "run"]).exit_code == 2
+    done = CliRunner().invoke(cli, ["red-update", ".", "--check"])
+    assert done.exit_code == 1
+    assert ".: no ..._external_reconstruct.star, expected the folder of a run" in done.stderr

@@ -10,7 +10,7 @@ from cryored.cli import options
 
 
 @click.command()
-@click.argument("job", type=options.PATH, metavar="JOB.star")
+@click.argument("job", type=options.PATH, metavar="REQUEST.star|JOB")
 @options.update("RED_UPDATE")
 @click.option(
     "-o", "--output", type=options.PATH, metavar="OUT.mrc", help='Map to write, or "-".  [default: the request\'s]'
@@ -26,7 +26,11 @@ from cryored.cli import options
 @click.option(
     "--denoised", type=options.PATH, metavar="IN.mrc", help="Use this denoised map instead of running the network."
 )
-@click.option("--check", is_flag=True, help="Validate everything, print what would be done, write nothing.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Validate everything, print what would be done, write nothing; of a JOB's last request.",
+)
 @options.device
 @options.threads
 @options.overwrite
@@ -65,8 +69,13 @@ def red_update(
     """
     import json
 
+    from cryored.files.jobs import is_job, last_request
     from cryored.files.output import is_stream
 
+    if is_job(job):
+        if not check:
+            raise click.UsageError("the folder of a job is for --check; to answer a request name it.")
+        job = str(last_request(job))
     if output is not None and unregularised is not None and is_stream(output) and is_stream(unregularised):
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):

@@ -94,6 +94,23 @@ def read_job(path: str | Path) -> Job:
     )
 
 
+def last_request(path: str | Path) -> Path:
+    """Return the request of a run's latest iteration, of the first half or class.
+
+    Raises
+    ------
+    InputError
+        The folder holds no request.
+    """
+    stars = sorted(Path(path).glob("*_external_reconstruct.star"), key=lambda star: (-_iteration(star), star.name))
+    if not stars:
+        raise InputError(
+            f"{path}: no ..._external_reconstruct.star, expected the folder of a run with --external_reconstruct or "
+            "--blush"
+        )
+    return stars[0]
+
+
 def _postprocess(folder: Path) -> Job | None:
     path = folder / "postprocess.star"
     if not path.is_file():
