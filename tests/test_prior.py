@@ -170,6 +170,24 @@ def test_samples_are_standardised_and_weighted(samples):
         assert sample.told[-1] in (0, 1)
 
 
+def test_noise_takes_the_signals_place_where_there_is_no_target(truth):
+    from keras import ops
+
+    plan = Plan(box=BOX, pixel_size=PIXEL, crop=16, batch=2)
+    maker = Samples(plan, iter([]), seed=1)
+    determined = (np.arange(BOX // 2 + 1) < 9).astype(float)
+    shown, known = maker._substituted(ops.convert_to_tensor(truth), determined)
+    start = int(known.sum())
+    assert 3 <= start < 9
+    fsc = shell_correlation(ops.convert_to_numpy(shown), truth)
+    assert fsc[:start].min() > 0.999
+    assert np.abs(fsc[start + 1 : -1]).max() < 0.35
+    # The power stays.
+    assert np.square(ops.convert_to_numpy(shown)).sum() == pytest.approx(np.square(truth).sum(), rel=0.01)
+    few = np.zeros(BOX // 2 + 1)
+    assert maker._substituted(shown, few)[1] is few
+
+
 def test_crops_keep_map_and_error_together(samples):
     from keras import ops
 

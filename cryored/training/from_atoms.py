@@ -48,12 +48,15 @@ _DETERMINED = 0.143  # half-map FSC from which on a shell of the truth counts in
 _RISE = 0.02  # of the time, over which the learning rate rises
 _UNKNOWN = 0.1  # share of the half-maps whose FSC the network is not told
 _MASKED, _SHARPENED = 0.2, 0.2  # shares of the half-maps
+_SUBSTITUTED = 0.15  # share of the half-maps with noise for signal beyond a shell, which the FSC does not tell
+_FEWEST_SHELLS = 3  # that keep their signal
 _FEWEST = 16  # half-maps in the pool before the first step
 _VALIDATION_TIME = 0.1  # share of a run in which validation data may be made
 REPORT = 20.0  # seconds between lines of the log
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.npz", "optimizer.npz", "state.json", "training.csv"
 
 Array = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Tensor = Any  # of the back-end
 
 
@@ -276,7 +279,10 @@ class Samples:
                 shown = self._refiner.filtered(half.regularised, decay)
             else:
                 shown = half.regularised
-            target = self._refiner.filtered(truth, determined * decay)
+            known = determined
+            if not self._plain and rng.random() < _SUBSTITUTED:
+                shown, known = self._substituted(shown, determined)
+            target = self._refiner.filtered(truth, known * decay)
             if not self._plain and rng.random() < _MASKED:
                 shown = shown * self._mask(truth)
             told = condition(self._told(fsc), self._frequency, self._plan.pixel_size, self._plan.knots)
@@ -285,6 +291,27 @@ class Samples:
             if sample is not None:
                 result.append(sample)
         return result
+
+    def _substituted(self, shown: Tensor, determined: Doubles) -> tuple[Tensor, Doubles]:
+        """Replace the signal by noise beyond a shell (see `cryored.assessment.noise_substitution`).
+
+        The network learns to look for the signal and not to believe the FSC alone: there is no target there.
+        """
+        from keras import ops
+
+        last = int(np.flatnonzero(determined)[-1]) if determined.any() else 0
+        if last < _FEWEST_SHELLS:
+            return shown, determined
+        start = int(self._rng.integers(_FEWEST_SHELLS, last + 1))
+        beyond = self._refiner.at(np.arange(len(determined)) >= start)[:, None]
+        box = self._plan.box
+        transform = self._refiner.forward(shown)
+        white = self._rng.standard_normal((box,) * 3, dtype=np.float32)
+        noise = self._refiner.forward(ops.convert_to_tensor(white))
+        phase = noise / ops.sqrt(ops.sum(ops.square(noise), axis=1, keepdims=True) + 1e-20)
+        amplitude = ops.sqrt(ops.sum(ops.square(transform), axis=1, keepdims=True))
+        mixed = transform + beyond * (amplitude * phase - transform)
+        return self._refiner.inverse(mixed), determined * (np.arange(len(determined)) < start)
 
     def _told(self, fsc: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
         """Return the FSC, not always exactly that of the map, or None."""
