@@ -205,7 +205,7 @@ class Refiner:
 
     def filtered(self, data: Tensor, shells: npt.ArrayLike) -> Tensor:
         """Multiply the shells of a map by (n // 2 + 1,) factors; 0 beyond Nyquist."""
-        return self.inverse(self.forward(data) * self.at(shells)[:, None])
+        return self.inverse(self.forward(data) * self.by_shell(shells)[:, None])
 
     def correlation(self, first: Tensor, second: Tensor) -> Doubles:
         """Return the FSC of two transforms, on the host."""
@@ -223,7 +223,7 @@ class Refiner:
         sums = ops.segment_sum(values, self._shell, num_segments=self._box // 2 + 2)
         return np.asarray(ops.convert_to_numpy(sums), dtype=np.float64)[:-1]
 
-    def at(self, shells: npt.ArrayLike) -> Tensor:
+    def by_shell(self, shells: npt.ArrayLike) -> Tensor:
         """Return for each coefficient (n**3,) its shell's value of (n // 2 + 1,); 0 beyond Nyquist."""
         from keras import ops
 
@@ -261,11 +261,11 @@ class Refiner:
         weight = sums[:, 2]
         mean = self.shell_sums(weight) / self._count
         known = np.clip(fsc, 0.001, 0.999)
-        inside = self.at(fsc != 0)
-        floor = self.at(1e-3 * mean + 1e-30)
+        inside = self.by_shell(fsc != 0)
+        floor = self.by_shell(1e-3 * mean + 1e-30)
         maps = []
         for prior in (mean * (1 - known) / known, np.zeros_like(mean)):
-            denominator = ops.maximum(weight + self.at(prior), floor) + 1e-30
+            denominator = ops.maximum(weight + self.by_shell(prior), floor) + 1e-30
             maps.append(self.inverse(sums[:, :2] * (inside / denominator)[:, None]) * self._gridding * self._sphere)
         return maps[0], maps[1]
 

@@ -293,7 +293,7 @@ class Samples:
         return result
 
     def _substituted(self, shown: Tensor, determined: Doubles) -> tuple[Tensor, Doubles]:
-        """Replace the signal by noise beyond a shell (see `cryored.assessment.noise_substitution`).
+        """Replace the signal by noise beyond a shell: `cryored.assessment.noise_substitution`, on the device.
 
         The network learns to look for the signal and not to believe the FSC alone: there is no target there.
         """
@@ -303,7 +303,7 @@ class Samples:
         if last < _FEWEST_SHELLS:
             return shown, determined
         start = int(self._rng.integers(_FEWEST_SHELLS, last + 1))
-        beyond = self._refiner.at(np.arange(len(determined)) >= start)[:, None]
+        beyond = self._refiner.by_shell(np.arange(len(determined)) >= start)[:, None]
         box = self._plan.box
         transform = self._refiner.forward(shown)
         white = self._rng.standard_normal((box,) * 3, dtype=np.float32)
