@@ -22,7 +22,9 @@ from cryored.simulation.intermediates import Experiment
 from cryored.simulation.structure import read_atoms
 from cryored.training import from_atoms as prior
 from cryored.training.device_refinements import Refiner, uneven_rotations
-from cryored.training.from_atoms import Plan, Samples, draw_crops, learning_rate, loss_of
+from cryored.training.from_atoms import learning_rate, loss_of
+from cryored.training.plan import Plan
+from cryored.training.samples import Samples, draw_crops
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"

@@ -265,9 +265,10 @@ def test_an_updater_takes_requests_together(project):
 
     updater = Updater(Settings(lam=1.0), Halving())
     begun = [updater.begin(one, sums) for one in (request, other)]
-    updater.denoise(begun)
+    denoised = updater.denoise(begun)
     assert Halving.calls == [2]
-    together = [updater.finish(one) for one in begun]
+    assert all(one.denoised is None for one in begun)
+    together = [updater.finish(one) for one in denoised]
     for one, answer in zip((request, other), together, strict=True):
         np.testing.assert_array_equal(answer.result.data, updater.answer(one, sums).result.data)
         assert 0 < answer.change < 0.5

@@ -43,7 +43,8 @@ def train_prior(
 ) -> None:
     """Train a prior from atomic models within a budget of minutes."""
     from cryored.prior import device
-    from cryored.training.from_atoms import REPORT, Plan, finish, train
+    from cryored.training.from_atoms import REPORT, finish, train
+    from cryored.training.plan import Plan
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = Plan(**options)

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ class Files:
 AS_ASKED = Files()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outputs:
-    """A request as files: where it came from, where its maps go, and its line in the log.
+    """A request as files: where it came from, where its maps go, and what its line in the log begins with.
 
     Parameters
     ----------
@@ -76,8 +77,8 @@ class Outputs:
         Map without prior to write.
     clean : bool
         Remove RELION's arrays after success.
-    record : dict
-        What will be logged.
+    record : mapping
+        What is known of the line in the log before there is an answer.
     beside : str, optional
         Where the map with the prior goes while `target` gets the one without.
     """
@@ -87,11 +88,11 @@ class Outputs:
     own_target: bool
     unregularised: str | None
     clean: bool
-    record: dict[str, Any]
+    record: Mapping[str, Any]
     beside: str | None = None
 
     def write(self, updater: Updater, maps: Maps, answer: Answer) -> dict[str, Any]:
-        """Write the maps; return what will be logged.
+        """Write the maps; return what is to be logged.
 
         Raises
         ------
@@ -99,8 +100,12 @@ class Outputs:
             A map cannot be written; there is then no part of it.
         """
         request, card = self.request, updater.model.card
-        raw = None if self.unregularised is None else updater.add_unregularised(maps)
-        with timed(maps.seconds, "write"):
+        seconds = dict(answer.seconds)
+        raw = None
+        if self.unregularised is not None:
+            with timed(seconds, "unregularised"):
+                raw = updater.unregularised(maps)
+        with timed(seconds, "write"):
             if self.unregularised is not None and raw is not None:
                 write_volume(self.unregularised, raw, label="red-update unregularised")
             plain = "red-update lambda 0 (MAP)"
@@ -115,18 +120,28 @@ class Outputs:
             if self.own_target and request.result_star is not None:
                 # RELION would read new tau2 or FSC from it, even one that an earlier run has left.
                 request.result_star.unlink(missing_ok=True)
-        used = maps.denoised is not None and "network" in maps.seconds
-        self.record |= {
-            "device": updater.denoiser.device_name if used else "CPU, no network",
+        return {
+            **self.record,
+            "device": updater.denoiser.device_name if "network" in seconds else "CPU, no network",
             "power_ratio": round(answer.power_ratio, 5),
             "change": round(answer.change, 5),
+            "seconds": seconds,
         }
-        return self.record
 
-    def log(self, seconds: dict[str, float]) -> None:
-        """Append the line to the request's log."""
-        self.record["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
-        _append_log(self.request.log, self.record)
+    def log(self, record: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+        """Append a line to the request's log, and return it.
+
+        Parameters
+        ----------
+        record : mapping
+            Of `write`.
+        seconds : mapping
+            Of what is not in the record: the steps before the first map, and the total.
+        """
+        taken = {**record["seconds"], **seconds}
+        line = {**record, "seconds": {step: round(value, 3) for step, value in taken.items()}}
+        _append_log(self.request.log, line)
+        return line
 
     def tidy(self) -> None:
         """Remove RELION's arrays, if that was asked for."""
@@ -248,13 +263,12 @@ def red_update_file(
         sums = load_sums(request, settings.threads)
         given = None if files.denoised is None else _read_denoised(files.denoised, request)
     if check:
-        return outputs.record
-    maps = updater.begin(request, sums, denoised=given)
-    updater.denoise([maps])
-    outputs.write(updater, maps, updater.finish(maps))
-    outputs.log(seconds | maps.seconds | {"total": time.monotonic() - begin})
+        return dict(outputs.record)
+    (maps,) = updater.denoise([updater.begin(request, sums, denoised=given)])
+    record = outputs.write(updater, maps, updater.finish(maps))
+    line = outputs.log(record, {**seconds, "total": time.monotonic() - begin})
     outputs.tidy()
-    return outputs.record
+    return line
 
 
 def _read_denoised(path: str, request: Request) -> Volume:

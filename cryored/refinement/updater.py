@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -55,9 +55,9 @@ class Settings:
     threads: int | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Maps:
-    """The maps of a request on its way through an `Updater`, and how long they took.
+    """What one step of an `Updater` hands to the next: the maps of a request so far, and how long they took.
 
     Parameters
     ----------
@@ -69,10 +69,10 @@ class Maps:
     regularised : Volume
         The MAP map.
     unregularised : Volume or None
-        B / K, where it was asked for or the model needs it.
+        B / K, where the model sees it.
     denoised : Volume or None
         Where lambda is not 0.
-    seconds : dict
+    seconds : mapping
         Wall time of each step; what maps share is counted for each of them.
     """
 
@@ -83,7 +83,7 @@ class Maps:
     regularised: Volume
     unregularised: Volume | None = None
     denoised: Volume | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,21 @@ class Answer:
         Variance of the result over that of the MAP map.
     change : float
         Relative L2 difference of the result to the MAP map.
+    seconds : mapping
+        Wall time of the update, and of each step before it.
     """
 
     result: Volume
     power_ratio: float
     change: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Updater:
     """Answers requests with one model, which stays loaded from one request to the next: arrays in, arrays out.
 
-    The steps are `begin`, `denoise` (any number of requests together) and `finish`.
+    The steps are `begin`, `denoise` (any number of requests together) and `finish`; each takes what the one before it
+    has returned.
 
     Parameters
     ----------
@@ -168,49 +172,48 @@ class Updater:
         seconds: dict[str, float] = {}
         with timed(seconds, "map"):
             data = reconstruct(sums, prior=self._prior(request), threads=self.settings.threads)
-        maps = Maps(request, sums, lam, resolution, Volume(data, request.pixel_size), seconds=seconds)
-        if lam > 0:
-            maps.denoised = denoised
-            if denoised is None and self.model.card.input == "unregularised":
-                self.add_unregularised(maps)
-        return maps
+        regularised = Volume(data, request.pixel_size)
+        if lam == 0:
+            return Maps(request, sums, lam, resolution, regularised, seconds=seconds)
+        raw = None
+        if denoised is None and self.model.card.input == "unregularised":
+            with timed(seconds, "unregularised"):
+                raw = self._unregularised(sums, regularised)
+        return Maps(request, sums, lam, resolution, regularised, raw, denoised, seconds)
 
-    def add_unregularised(self, maps: Maps) -> Volume:
-        """Reconstruct B / K, unless it is there already."""
-        if maps.unregularised is None:
-            with timed(maps.seconds, "unregularised"):
-                data = reconstruct(maps.sums, threads=self.settings.threads)
-            maps.unregularised = maps.regularised.with_data(data)
-        return maps.unregularised
+    def unregularised(self, maps: Maps) -> Volume:
+        """Return B / K, reconstructed unless it is there already."""
+        return maps.unregularised or self._unregularised(maps.sums, maps.regularised)
 
-    def denoise(self, several: Sequence[Maps]) -> None:
+    def denoise(self, several: Sequence[Maps]) -> list[Maps]:
         """Send the maps of one or more requests through the network, in one call, where they need it."""
-        left = [maps for maps in several if maps.lam > 0 and maps.denoised is None]
+        left = [i for i, maps in enumerate(several) if maps.lam > 0 and maps.denoised is None]
+        result = list(several)
         if not left:
-            return
+            return result
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):
             self.denoiser.load()
         with timed(seconds, "network"):
-            raw = self.model.card.input == "unregularised"
             denoised = self.denoiser.denoise_all(
-                [self.add_unregularised(maps) if raw else maps.regularised for maps in left],
-                [known_fsc(maps.request) for maps in left],
+                [several[i].unregularised or several[i].regularised for i in left],
+                [known_fsc(several[i].request) for i in left],
             )
-        for maps, volume in zip(left, denoised, strict=True):
-            maps.denoised = volume
-            maps.seconds |= seconds
+        for i, volume in zip(left, denoised, strict=True):
+            result[i] = replace(several[i], denoised=volume, seconds={**several[i].seconds, **seconds})
+        return result
 
     def finish(self, maps: Maps) -> Answer:
         """Reconstruct the request's map."""
         request, regularised = maps.request, maps.regularised
         if maps.denoised is None:
-            return Answer(regularised, 1.0, 0.0)
+            return Answer(regularised, 1.0, 0.0, maps.seconds)
         weights = self.shell_weights(request, maps.lam)
         source = Denoised(maps.denoised.data, weights.gain, self.settings.extrapolate, weights.precision)
-        with timed(maps.seconds, "update"):
+        seconds = dict(maps.seconds)
+        with timed(seconds, "update"):
             data = reconstruct(maps.sums, prior=self._prior(request), denoised=source, threads=self.settings.threads)
-        return Answer(regularised.with_data(data), *_compare(data, regularised.data))
+        return Answer(regularised.with_data(data), *_compare(data, regularised.data), seconds)
 
     def shell_weights(self, request: Request, lam: float) -> ShellWeights:
         """Return what the update takes of the denoised map in each shell.
@@ -233,9 +236,11 @@ class Updater:
 
     def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
         """Do all the steps for one request."""
-        maps = self.begin(request, sums, denoised=denoised)
-        self.denoise([maps])
+        (maps,) = self.denoise([self.begin(request, sums, denoised=denoised)])
         return self.finish(maps)
+
+    def _unregularised(self, sums: Accumulators, like: Volume) -> Volume:
+        return like.with_data(reconstruct(sums, threads=self.settings.threads))
 
     @staticmethod
     def _prior(request: Request) -> Shells:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -66,14 +66,14 @@ class Order(Protocol):
 Shown = tuple[Entry, Maps, Answer]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Case:
     """An order that is being worked on."""
 
     order: Order
     outputs: Outputs
     maps: Maps
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
     begin: float
 
 
@@ -117,13 +117,13 @@ class Server:
         cases = list(self._begin(orders))
         cases += self._begin(more())
         try:
-            self._updater.denoise([case.maps for case in cases])
+            denoised = self._updater.denoise([case.maps for case in cases])
         except Exception as error:
             for case in cases:
                 self._fail(case.order, error)
             return
         # Pictures take time: first all answers, then what is shown of them.
-        for shown in [self._finish(case) for case in cases]:
+        for shown in [self._finish(case, maps) for case, maps in zip(cases, denoised, strict=True)]:
             if shown is not None:
                 self._show(*shown)
 
@@ -156,16 +156,15 @@ class Server:
                 continue
             yield _Case(order, outputs, maps, seconds, begin)
 
-    def _finish(self, case: _Case) -> Shown | None:
-        order, maps = case.order, case.maps
+    def _finish(self, case: _Case, maps: Maps) -> Shown | None:
+        order = case.order
         try:
             answer = self._updater.finish(maps)
             if not order.still_wanted():
                 logger.warning("%s: the hook did not wait for the answer; nothing written", order.star)
                 return None
             record = case.outputs.write(self._updater, maps, answer)
-            seconds = case.seconds | maps.seconds
-            case.outputs.log(seconds | {"total": time.monotonic() - case.begin})
+            line = case.outputs.log(record, {**case.seconds, "total": time.monotonic() - case.begin})
             if order.still_wanted():  # a hook that gave up in this moment needs the arrays itself
                 case.outputs.tidy()
         except Exception as error:
@@ -178,9 +177,9 @@ class Server:
             *parts_of(name),
             maps.resolution,
             maps.lam,
-            seconds,
+            line["seconds"],
             answer.change,
-            str(record["device"]),
+            line["device"],
             estimated=maps.request.estimated,
             power_ratio=answer.power_ratio,
         )
@@ -412,7 +411,7 @@ def _shown(updater: Updater, table: Table, pages: Report | None) -> Callable[[En
             return
         request = maps.request
         shown = {
-            "unregularised": updater.add_unregularised(maps),
+            "unregularised": updater.unregularised(maps),
             "denoised": maps.denoised,
             "result": answer.result,
         }

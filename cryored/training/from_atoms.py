@@ -1,9 +1,7 @@
 """Train a prior from atomic models alone, on one device, within a budget of minutes: what `bin/train-prior` does.
 
-Processes on the host make densities with the features of real maps (`cryored.simulation.features`); the device
-refines simulated particles of them (`cryored.training.device_refinements`), keeps the half-maps of all iterations in
-a pool and trains on crops of it. The time is shared out between refining and training, so the pool is renewed while
-the network learns.
+The half-maps of refinements (`cryored.training.samples`) are kept in a pool on the device, and the network is trained
+on crops of it. The time is shared out between refining and training, so the pool is renewed while the network learns.
 
 The network is told the half-maps' FSC and estimates the truth in the shells that the data determine at all. A second
 output is the logarithm of the variance of what is left; it learns from the squared error as it stands, so that the
@@ -17,113 +15,30 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cryored import __version__
 from cryored.files.output import whole_file, write_text
-from cryored.maps.network_scale import standard_of
 from cryored.prior import device
-from cryored.prior.denoiser import cube_rotations
 from cryored.prior.models import Model, ModelCard, save_model
-from cryored.prior.network import LOG_VARIANCE, build_unet, condition, scaled
-from cryored.simulation.features import Features, draw_features, featured_map
-from cryored.simulation.gaussian import turned
-from cryored.simulation.intermediates import Experiment
-from cryored.simulation.structure import Atoms, read_atoms
-from cryored.training.batches import GREY_SCALE
-from cryored.training.device_refinements import Iteration, Refiner
+from cryored.prior.network import LOG_VARIANCE, build_unet, scaled
+from cryored.simulation.features import Features
+from cryored.training.plan import Plan
+from cryored.training.samples import Densities, Sample, Samples, Tensor, draw_crops
 
 logger = logging.getLogger(__name__)
 
-_RESOLUTION = 3.0  # angstrom, of the atoms' Gaussians
-_DETERMINED = 0.143  # half-map FSC from which on a shell of the truth counts in full
 _RISE = 0.02  # of the time, over which the learning rate rises
-_UNKNOWN = 0.1  # share of the half-maps whose FSC the network is not told
-_MASKED, _SHARPENED = 0.2, 0.2  # shares of the half-maps
-_SUBSTITUTED = 0.15  # share of the half-maps with noise for signal beyond a shell, which the FSC does not tell
-_FEWEST_SHELLS = 3  # that keep their signal
 _FEWEST = 16  # half-maps in the pool before the first step
 _VALIDATION_TIME = 0.1  # share of a run in which validation data may be made
 REPORT = 20.0  # seconds between lines of the log
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.npz", "optimizer.npz", "state.json", "training.csv"
-
-Array = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Tensor = Any  # of the back-end
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the prior is trained.
-
-    Parameters
-    ----------
-    minutes : float
-        Of the whole training, over all runs; the learning rate falls to 0 along a cosine of the time.
-    width, depth, knots : int
-        See `cryored.prior.network.build_unet`.
-    box : int
-        Of the refinements, even; a multiple of 16.
-    pixel_size : float
-        In angstrom.
-    crop, batch : int
-        Edge and number of the crops in a step.
-    learning_rate : float
-        Of Adam.
-    calibration : float
-        Weight of the variance's likelihood beside the squared error.
-    pool : int
-        Half-maps kept, the newest.
-    refining : float
-        Share of the time in which data are made.
-    mixed_precision : bool
-    seed : int
-    """
-
-    minutes: float = 10.0
-    width: int = 8
-    depth: int = 4
-    knots: int = 24
-    box: int = 96
-    pixel_size: float = 1.5
-    crop: int = 80
-    batch: int = 8
-    learning_rate: float = 1.5e-3
-    calibration: float = 0.03
-    pool: int = 4000
-    refining: float = 0.3
-    mixed_precision: bool = True
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A half-map as the network sees it, on the device.
-
-    Parameters
-    ----------
-    shown, error : (n, n, n) float16
-        The standardised map, and that minus its target.
-    told : (knots + 1,) float32
-    weight : float
-        One over the mean squared error of the regularised map, in these units.
-    label : str
-        Structure, iteration and resolution.
-    """
-
-    shown: Tensor
-    error: Tensor
-    told: Array
-    weight: float
-    label: str
 
 
 @dataclass
@@ -135,241 +50,6 @@ class State:
     refinements: int = 0
     samples: int = 0
     losses: list[float] = field(default_factory=list)
-
-
-def density(name: str, box: int, pixel_size: float, features: Features | None, seed: int) -> tuple[Array, float, Atoms]:
-    """Make one density; return it, the diameter of the molecule in angstrom, and its atoms as they are placed."""
-    rng = np.random.default_rng(seed)
-    atoms = turned(_atoms(name), box * pixel_size, rng)
-    drawn = draw_features(rng=rng) if features is None else features
-    diameter = 2 * float(np.linalg.norm(atoms.positions, axis=1).max()) + 10.0
-    return featured_map(atoms, box, pixel_size, _RESOLUTION, drawn, rng=rng), diameter, atoms
-
-
-_known: dict[str, Atoms] = {}
-
-
-def _atoms(name: str) -> Atoms:
-    if name not in _known:
-        _known[name] = read_atoms(name)
-    return _known[name]
-
-
-class Densities:
-    """Densities from processes on the host, in the order of their seeds."""
-
-    def __init__(self, names: Sequence[str], plan: Plan, processes: int, features: Features | None = None) -> None:
-        self._names, self._plan, self._features = list(names), plan, features
-        # A fresh interpreter each: a process that holds a GPU must not be copied.
-        self._executor = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-        self._pending: deque[Future[tuple[Array, float, Atoms]]] = deque()
-        self._waiting: deque[str] = deque()
-        self._ahead = 2 * processes
-
-    def stream(self, first: int = 0) -> Iterator[tuple[str, Array, float]]:
-        """Yield structure, density and diameter, without end; a structure that does not fit is left out."""
-        plan = self._plan
-        number = first
-        while True:
-            while len(self._pending) < self._ahead:
-                rng = np.random.default_rng([plan.seed, number])
-                name = self._names[int(rng.integers(len(self._names)))]
-                seed = int(rng.integers(2**31))
-                self._pending.append(
-                    self._executor.submit(density, name, plan.box, plan.pixel_size, self._features, seed)
-                )
-                self._waiting.append(name)
-                number += 1
-            future, name = self._pending.popleft(), self._waiting.popleft()
-            try:
-                data, diameter, _ = future.result()
-            except ValueError as error:
-                logger.debug("%s: left out (%s)", name, error)
-                continue
-            yield Path(name).name.split(".")[0], data, diameter
-
-    def close(self) -> None:
-        """End the processes."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def draw_experiment(*, rng: np.random.Generator) -> Experiment:
-    """Draw a data set: from what stays at 20 A to what reaches Nyquist."""
-    return Experiment(
-        number=int(np.exp(rng.uniform(np.log(150), np.log(700)))),
-        snr=float(np.exp(rng.uniform(np.log(0.004), np.log(0.5)))),
-        angle=float(rng.uniform(3.0, 20.0)),
-        shift=float(rng.uniform(0.0, 1.5)),
-        ini_high=float(rng.uniform(20.0, 45.0)),
-    )
-
-
-class Samples:
-    """Samples of refinements, without end.
-
-    Parameters
-    ----------
-    plan : Plan
-    densities : iterator
-        Of `Densities.stream`.
-    seed : int
-    plain : bool
-        Nothing that is drawn for robustness: for validation.
-    """
-
-    def __init__(
-        self, plan: Plan, densities: Iterator[tuple[str, Array, float]], seed: int, plain: bool = False
-    ) -> None:
-        self._plan, self._densities, self._plain = plan, densities, plain
-        self._refiner = Refiner(plan.box, plan.pixel_size)
-        self._rng = np.random.default_rng(seed)
-        self._frequency = np.arange(plan.box // 2 + 1) / (plan.box * plan.pixel_size)
-        self.refinements = 0
-
-    def stream(self) -> Iterator[list[Sample]]:
-        """Yield both halves of an iteration at a time."""
-        from keras import ops
-
-        before: Tensor = None
-        for name, data, diameter in self._densities:
-            truth = ops.convert_to_tensor(data)
-            start = truth if before is None or self._plain else self._wrong_start(truth, before)
-            uneven = 0.0 if self._plain or self._rng.random() < 0.5 else float(self._rng.uniform(-4, 4))
-            experiment = draw_experiment(rng=self._rng)
-            self.refinements += 1
-            for iteration in self._refiner.run(
-                truth, start, experiment, diameter=diameter, unevenness=uneven, rng=self._rng
-            ):
-                if np.isfinite(iteration.resolution):
-                    yield self._samples(name, truth, iteration)
-            before = truth
-
-    def _wrong_start(self, truth: Tensor, other: Tensor) -> Tensor:
-        """Return a first reference that is not the truth: mixed with another molecule, or of uneven density."""
-        from keras import ops
-
-        kind = self._rng.random()
-        if kind < 0.5:
-            return truth
-        if kind < 0.75:
-            share = float(self._rng.uniform(0.1, 0.5))
-            level = float(ops.sum(truth) / ops.maximum(ops.sum(other), 1e-6))
-            return truth * (1 - share) + other * (share * level)
-        box = self._plan.box
-        field = ops.convert_to_tensor(self._rng.standard_normal((box,) * 3, dtype=np.float32))
-        smooth = self._refiner.filtered(field, np.exp(-((self._frequency * 40.0) ** 2)))
-        deviation = ops.sqrt(ops.mean(ops.square(smooth)))
-        return truth * (1 + 0.6 * smooth / deviation)
-
-    def _samples(self, name: str, truth: Tensor, iteration: Iteration) -> list[Sample]:
-        fsc = iteration.fsc
-        smooth = np.convolve(np.pad(np.clip(fsc, 0, 1), 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid")
-        determined = np.clip(smooth / _DETERMINED, 0.0, 1.0) * (fsc != 0)
-        result = []
-        for half in iteration.halves:
-            rng = self._rng
-            # What the molecule's amplitudes are multiplied by after the reconstruction.
-            bfactor = 0.0
-            if not self._plain and rng.random() < _SHARPENED:
-                bfactor = float(rng.uniform(-60, 60))
-            decay = np.exp(-bfactor / 4 * self._frequency**2)
-            if not self._plain and rng.random() < 0.3:
-                shown = self._refiner.filtered(half.unregularised, np.clip(fsc, 0, 1) * decay)
-            elif bfactor:
-                shown = self._refiner.filtered(half.regularised, decay)
-            else:
-                shown = half.regularised
-            known = determined
-            if not self._plain and rng.random() < _SUBSTITUTED:
-                shown, known = self._substituted(shown, determined)
-            target = self._refiner.filtered(truth, known * decay)
-            if not self._plain and rng.random() < _MASKED:
-                shown = shown * self._mask(truth)
-            told = condition(self._told(fsc), self._frequency, self._plan.pixel_size, self._plan.knots)
-            label = f"{name} it{iteration.number:03d} {iteration.resolution:.1f}"
-            sample = self._sample(shown, target, told, label)
-            if sample is not None:
-                result.append(sample)
-        return result
-
-    def _substituted(self, shown: Tensor, determined: Doubles) -> tuple[Tensor, Doubles]:
-        """Replace the signal by noise beyond a shell: `cryored.assessment.noise_substitution`, on the device.
-
-        The network learns to look for the signal and not to believe the FSC alone: there is no target there.
-        """
-        from keras import ops
-
-        last = int(np.flatnonzero(determined)[-1]) if determined.any() else 0
-        if last < _FEWEST_SHELLS:
-            return shown, determined
-        start = int(self._rng.integers(_FEWEST_SHELLS, last + 1))
-        beyond = self._refiner.by_shell(np.arange(len(determined)) >= start)[:, None]
-        box = self._plan.box
-        transform = self._refiner.forward(shown)
-        white = self._rng.standard_normal((box,) * 3, dtype=np.float32)
-        noise = self._refiner.forward(ops.convert_to_tensor(white))
-        phase = noise / ops.sqrt(ops.sum(ops.square(noise), axis=1, keepdims=True) + 1e-20)
-        amplitude = ops.sqrt(ops.sum(ops.square(transform), axis=1, keepdims=True))
-        mixed = transform + beyond * (amplitude * phase - transform)
-        return self._refiner.inverse(mixed), determined * (np.arange(len(determined)) < start)
-
-    def _told(self, fsc: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-        """Return the FSC, not always exactly that of the map, or None."""
-        if self._plain:
-            return fsc
-        if self._rng.random() < _UNKNOWN:
-            return None
-        stretched = np.arange(len(fsc)) * self._rng.uniform(0.93, 1.07)
-        return np.interp(stretched, np.arange(len(fsc)), fsc, right=0.0)
-
-    def _mask(self, truth: Tensor) -> Tensor:
-        """Return a soft mask of the molecule, wide as a user's or tight."""
-        from keras import ops
-
-        blurred = self._refiner.filtered(truth, np.exp(-((self._frequency * self._rng.uniform(12, 25)) ** 2)))
-        level = ops.max(blurred) * float(self._rng.uniform(0.03, 0.12))
-        return ops.clip(blurred / level - 0.5, 0.0, 1.0)
-
-    def _sample(self, shown: Tensor, target: Tensor, told: Array, label: str) -> Sample | None:
-        from keras import ops
-
-        # As `cryored.maps.network_scale.standard_of` has it; the border is solvent.
-        standard = standard_of(ops.convert_to_numpy(shown), self._plan.pixel_size)
-        if standard.deviation == 0:
-            return None
-        error = (shown - target) / standard.deviation
-        weight = 1 / max(float(ops.mean(ops.square(error))), 1e-6)
-        seen = (shown - standard.level) / standard.deviation
-        return Sample(ops.cast(seen, "float16"), ops.cast(error, "float16"), told, weight, label)
-
-
-def draw_crops(
-    samples: Sequence[Sample], plan: Plan, rng: np.random.Generator, number: int, first: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maps (b, c, c, c, 1), what is told (b, knots + 1), and errors and weights (b, c, c, c, 2).
-
-    With `first` the crops are the middles of the samples from there on, unturned.
-    """
-    from keras import ops
-
-    rotations = cube_rotations()
-    maps: list[Tensor] = []
-    errors: list[Tensor] = []
-    told = []
-    for i in range(number):
-        sample = samples[int(rng.integers(len(samples)))] if first is None else samples[first + i]
-        corner = rng.integers(plan.box - plan.crop + 1, size=3) if first is None else [(plan.box - plan.crop) // 2] * 3
-        axes, signs = rotations[int(rng.integers(24))] if first is None else rotations[0]
-        scale = float(rng.uniform(*GREY_SCALE)) if first is None else 1.0
-        flipped = [axis for axis, sign in enumerate(signs) if sign < 0]
-        place = tuple(slice(int(start), int(start) + plan.crop) for start in corner)
-        for stored, list_ in ((sample.shown, maps), (sample.error, errors)):
-            part = ops.transpose(stored[place], axes)
-            part = ops.flip(part, axis=flipped) if flipped else part
-            list_.append(ops.cast(part, "float32") * scale)
-        errors[-1] = ops.stack([errors[-1], ops.full_like(errors[-1], sample.weight / scale**2)], axis=-1)
-        told.append(sample.told)
-    return ops.stack(maps)[..., None], ops.convert_to_tensor(np.stack(told)), ops.stack(errors)
 
 
 def loss_of(calibration: float) -> Any:
@@ -458,6 +138,120 @@ def validate(network: Any, samples: Sequence[Sample], plan: Plan) -> tuple[float
     return float(np.mean(errors)), float(np.mean(over))
 
 
+class _Run:
+    """One run of a training: the network, the pool of half-maps, and how the time has been spent.
+
+    Parameters
+    ----------
+    plan : Plan
+    network
+        As `build` makes it.
+    state : State
+        Kept up to date.
+    source : Samples
+    held_out : sequence of Sample
+    targets : sequence of Path
+        Folders that get what was learnt.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        network: Any,
+        state: State,
+        source: Samples,
+        held_out: Sequence[Sample],
+        targets: Sequence[Path],
+    ) -> None:
+        self._plan, self._network, self._state = plan, network, state
+        self._source, self._stream = source, source.stream()
+        self._held_out, self._targets = held_out, targets
+        self._pool: deque[Sample] = deque(maxlen=plan.pool)
+        self._rng = np.random.default_rng([plan.seed, state.step])
+        self._refining, self._training = 0.0, 0.0
+        self._start, self._seconds_before, self._refinements_before = time.monotonic(), state.seconds, state.refinements
+        self._told_at = self._start
+        self._log = targets[0] / LOG
+        if not self._log.exists():
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._log, "step,seconds,loss,validation,variance,learning_rate,half_maps\n")
+
+    def go_on(self) -> None:
+        """Take a step, or refine where the pool is due for it; report now and then."""
+        begin = time.monotonic()
+        share = self._refining / max(self._refining + self._training, 1e-9)
+        if len(self._pool) < _FEWEST or share < self._plan.refining:
+            new = next(self._stream)
+            self._pool.extend(new)
+            self._state.samples += len(new)
+            self._refining += time.monotonic() - begin
+            return
+        rate = self._step()
+        self._training += time.monotonic() - begin
+        if begin - self._told_at > REPORT:
+            self._told_at = begin
+            self._report(rate)
+            self.save()
+
+    def _step(self) -> float:
+        """Take a step of the optimiser; return its learning rate."""
+        plan, state = self._plan, self._state
+        state.seconds = self._seconds_before + time.monotonic() - self._start
+        rate = learning_rate(plan, state.seconds / (60 * plan.minutes))
+        self._network.optimizer.learning_rate = rate
+        maps, told, true = draw_crops(self._pool, plan, self._rng, plan.batch)
+        found = self._network.train_on_batch([maps, told], true)
+        loss = float(np.asarray(found if np.ndim(found) == 0 else found[0]))
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {state.step + 1}")
+        state.step += 1
+        state.losses = [*state.losses[-99:], loss]
+        return rate
+
+    def _report(self, rate: float) -> None:
+        state, pool = self._state, len(self._pool)
+        ratio, variance = math.nan, math.nan
+        if self._held_out:
+            ratio, variance = validate(self._network, self._held_out, self._plan)
+        loss = np.mean(state.losses)
+        with self._log.open("a", encoding="utf-8") as stream:
+            stream.write(f"{state.step},{state.seconds:.0f},{loss:.5f},{ratio:.5f},{variance:.4f},{rate:.3e},{pool}\n")
+        logger.info(
+            "%.0f s, step %d: loss %.4f, validation %.4f, variance %.2f; %d half-maps of %d refinements, "
+            "refining %.0f s, training %.0f s",
+            state.seconds,
+            state.step,
+            loss,
+            ratio,
+            variance,
+            pool,
+            self._refinements_before + self._source.refinements,
+            self._refining,
+            self._training,
+        )
+
+    def save(self) -> None:
+        """Write what was learnt, and the log, to every folder."""
+        self._state.refinements = self._refinements_before + self._source.refinements
+        for target in self._targets:
+            save(target, self._network, self._state, self._plan)
+            if target / LOG != self._log:
+                write_text(target / LOG, self._log.read_text(encoding="utf-8"))
+
+
+def _hold_out(validation: Sequence[str], plan: Plan, number: int, processes: int, seconds: float) -> list[Sample]:
+    """Make half-maps to validate on, as many as the time allows."""
+    if not validation:
+        return []
+    begin, found = time.monotonic(), list[Sample]()
+    with closing(Densities(validation, plan, processes, Features(bfactor=40.0))) as densities:
+        stream = Samples(plan, densities.stream(), seed=1, plain=True).stream()
+        while len(found) < number and time.monotonic() - begin < seconds:
+            found.extend(next(stream))
+    logger.info("%.0f s: %d half-maps to validate on", time.monotonic() - begin, len(found))
+    return found
+
+
 def train(
     structures: Sequence[str],
     validation: Sequence[str],
@@ -486,80 +280,14 @@ def train(
     begin = time.monotonic()
     network = build(plan)
     state = load(folder, network) if (folder / STATE).exists() else State()
-    targets = [folder, *outputs]
-    held_out: list[Sample] = []
-    densities = Densities(structures, plan, processes)
-    others = Densities(validation, plan, max(1, processes // 4), Features(bfactor=40.0)) if validation else None
-    try:
-        if others:
-            made = Samples(plan, others.stream(), seed=1, plain=True).stream()
-            while len(held_out) < validation_samples and time.monotonic() - begin < _VALIDATION_TIME * seconds:
-                held_out.extend(next(made))
-            others.close()
-            logger.info("%.0f s: %d half-maps to validate on", time.monotonic() - begin, len(held_out))
+    with closing(Densities(structures, plan, processes)) as densities:
+        held_out = _hold_out(validation, plan, validation_samples, max(1, processes // 4), _VALIDATION_TIME * seconds)
         source = Samples(plan, densities.stream(state.refinements), seed=plan.seed + 1000 * (state.step + 1))
-        stream = source.stream()
-        pool: deque[Sample] = deque(maxlen=plan.pool)
-        rng = np.random.default_rng([plan.seed, state.step])
-        spent, told_at, before = {"refining": 0.0, "training": 0.0}, begin, state.seconds
-        earlier = state.refinements
-        log = folder / LOG
-        folder.mkdir(parents=True, exist_ok=True)
-        if not log.exists():
-            write_text(log, "step,seconds,loss,validation,variance,learning_rate,half_maps\n")
-        start = time.monotonic()
-        done = state.step
-        while (now := time.monotonic()) - begin < seconds or state.step == done:
-            share = spent["refining"] / max(sum(spent.values()), 1e-9)
-            if len(pool) < _FEWEST or share < plan.refining:
-                new = next(stream)
-                pool.extend(new)
-                state.samples += len(new)
-                spent["refining"] += time.monotonic() - now
-                continue
-            state.seconds = before + now - start
-            rate = learning_rate(plan, state.seconds / (60 * plan.minutes))
-            network.optimizer.learning_rate = rate
-            maps, told, true = draw_crops(pool, plan, rng, plan.batch)
-            found = network.train_on_batch([maps, told], true)
-            loss = float(np.asarray(found if np.ndim(found) == 0 else found[0]))
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {state.step + 1}")
-            state.step += 1
-            state.losses = [*state.losses[-99:], loss]
-            spent["training"] += time.monotonic() - now
-            if now - told_at > REPORT:
-                told_at = now
-                state.refinements = earlier + source.refinements
-                ratio, variance = validate(network, held_out, plan) if held_out else (math.nan, math.nan)
-                with log.open("a", encoding="utf-8") as stream_:
-                    stream_.write(
-                        f"{state.step},{state.seconds:.0f},{np.mean(state.losses):.5f},{ratio:.5f},{variance:.4f},"
-                        f"{rate:.3e},{len(pool)}\n"
-                    )
-                logger.info(
-                    "%.0f s, step %d: loss %.4f, validation %.4f, variance %.2f; %d half-maps of %d refinements, "
-                    "refining %.0f s, training %.0f s",
-                    now - begin,
-                    state.step,
-                    np.mean(state.losses),
-                    ratio,
-                    variance,
-                    len(pool),
-                    state.refinements,
-                    spent["refining"],
-                    spent["training"],
-                )
-                for target in targets:
-                    save(target, network, state, plan)
-        for target in targets:
-            save(target, network, state, plan)
-            if target != folder:
-                write_text(target / LOG, log.read_text(encoding="utf-8"))
-    finally:
-        densities.close()
-        if others:
-            others.close()
+        run = _Run(plan, network, state, source, held_out, [folder, *outputs])
+        first = state.step
+        while time.monotonic() - begin < seconds or state.step == first:
+            run.go_on()
+        run.save()
     return state
 
 
