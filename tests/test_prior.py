@@ -20,7 +20,7 @@ from cryored.simulation.density import gaussian_map
 from cryored.simulation.features import Features, draw_features, featured_map
 from cryored.simulation.intermediates import Experiment
 from cryored.simulation.structure import read_atoms
-from cryored.training import from_atoms as prior
+from cryored.training import from_atoms
 from cryored.training.device_refinements import Refiner, uneven_rotations
 from cryored.training.from_atoms import learning_rate, loss_of
 from cryored.training.plan import Plan
@@ -254,8 +254,8 @@ def test_a_scaled_network_scales_its_estimate(uncertainty):
 
 @pytest.mark.slow
 def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "REPORT", 2.0)
-    monkeypatch.setattr(prior, "draw_experiment", lambda rng: Experiment(number=40, snr=0.5, angle=3.0))
+    monkeypatch.setattr(from_atoms, "REPORT", 2.0)
+    monkeypatch.setattr("cryored.training.samples.draw_experiment", lambda rng: Experiment(40, snr=0.5, angle=3.0))
     out = tmp_path / "tiny"
     common = [MODEL, "-o", str(out), "--minutes", "0.3", "--box", "32", "--pixel-size", "5", "--crop", "16"]
     common += ["--batch", "2", "--width", "2", "--full-precision", "--cpu"]

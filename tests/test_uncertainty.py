@@ -307,10 +307,12 @@ def test_the_command_writes_both_maps_and_the_script(run, model):
     result, sigma = read_volume("maps/a b.mrc"), read_volume("sigma.mrc")
     assert sigma.data.min() > 0
     assert b"denoise uncertainty both" in Path("sigma.mrc").read_bytes()[:1024]
-    *opened, _, hidden, coloured = Path("maps/show.cxc").read_text().splitlines()
-    assert opened == ['open "a b.mrc"', 'open "../sigma.mrc"']  # as seen from the script
-    assert hidden == "volume #2 hide"
-    ends = re.fullmatch(r"color sample #1 map #2 palette blue:white:red range (\S+),(\S+) key true", coloured)
+    *opened, _, _, hidden, coloured, tiled, _ = Path("maps/show.cxc").read_text().splitlines()
+    # As seen from the script.
+    assert opened == ['open "../half1.mrc"', 'open "a b.mrc"', 'open "../sigma.mrc"']
+    assert hidden == "volume #3 hide"
+    assert tiled == "tile #1,2 columns 2"
+    ends = re.fullmatch(r"color sample #2 map #3 palette blue:white:red range (\S+),(\S+) key true", coloured)
     low, high = map(float, ends.groups())
     assert 0 < low < high <= sigma.data.max()
 
@@ -327,6 +329,27 @@ def test_the_command_writes_both_maps_and_the_script(run, model):
     assert done.exit_code == 1
     assert "exists already; add --overwrite" in done.stderr
     assert run("half1.mrc", "--half2", "half2.mrc", *outputs, "--overwrite").exit_code == 0
+
+
+def test_the_script_without_uncertainty_shows_the_difference(run):
+    outputs = ["-o", "out.mrc", "--difference", "diff.mrc", "--chimerax", "show.cxc"]
+    done = run("half1.mrc", "--half2", "half2.mrc", *outputs)
+    assert done.exit_code == 0, done.stderr
+    *opened, before, after, change, tiled, view = Path("show.cxc").read_text().splitlines()
+    assert opened == ['open "half1.mrc"', 'open "out.mrc"', 'open "diff.mrc"']
+    level = np.percentile(read_volume("out.mrc").data, 98)
+    for line, model in ((before, 1), (after, 2)):
+        assert line.startswith(f"volume #{model} style surface step 1 level ")
+        assert float(line.split()[-1]) == pytest.approx(level, rel=1e-4)
+    limits = re.fullmatch(r"volume #3 style surface step 1 level (\S+) color orange level (\S+) color \w+", change)
+    taken, added = map(float, limits.groups())
+    assert taken == -added < 0
+    assert (tiled, view) == ("tile #1,2,3 columns 3", "view")
+    # Of the average of both halves there is no file.
+    done = run("--half1", "half1.mrc", "--half2", "half2.mrc", "-o", "b.mrc", "--chimerax", "b.cxc")
+    assert done.exit_code == 0, done.stderr
+    assert Path("b.cxc").read_text().splitlines()[0] == 'open "b.mrc"'
+    assert "tile" not in Path("b.cxc").read_text()
 
 
 def test_a_table_tells_what_the_other_half_does(run):
@@ -366,11 +389,10 @@ def test_the_command_refuses_a_model_that_tells_none(run, assert_one_line_error,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "a.mrc", "--chimerax", "a.cxc"], "--chimerax shows what --uncertainty writes"),
         (["-o", "-", "--uncertainty", "-"], "--output and --uncertainty are both '-'"),
         (["-o", "a.mrc", "--uncertainty", "a.mrc"], "--output and --uncertainty are both 'a.mrc'"),
-        (["-o", "-", "--uncertainty", "a.mrc", "--chimerax", "a.cxc"], "neither can be '-'"),
-        (["-o", "a.mrc", "--uncertainty", "-", "--chimerax", "a.cxc"], "neither can be '-'"),
+        (["-o", "-", "--uncertainty", "a.mrc", "--chimerax", "a.cxc"], "none can be '-'"),
+        (["-o", "a.mrc", "--uncertainty", "-", "--chimerax", "a.cxc"], "none can be '-'"),
     ],
 )
 def test_options_that_do_not_go_together(run, options, message):

@@ -39,7 +39,8 @@ from cryored.files.output import is_stream
     "--chimerax",
     type=options.PATH,
     metavar="FILE.cxc",
-    help="Also write a ChimeraX script: the denoised surface, coloured by --uncertainty.",
+    help="Also write a ChimeraX script that shows MAP, the result and --difference side by side, the result coloured "
+    "by --uncertainty.",
 )
 @options.plot
 @click.option(
@@ -118,11 +119,8 @@ def denoise(
         raise click.UsageError("--uncertainty is of the map as it is, not of one that --bfactor sharpens; give one")
     if uncertainty == output:
         raise click.UsageError(f"--output and --uncertainty are both '{output}'; give them names of their own")
-    if chimerax is not None:
-        if uncertainty is None:
-            raise click.UsageError("--chimerax shows what --uncertainty writes; give both")
-        if is_stream(output) or is_stream(uncertainty):
-            raise click.UsageError("--chimerax opens the two maps by name; neither can be '-'")
+    if chimerax is not None and any(path is not None and is_stream(path) for path in (output, difference, uncertainty)):
+        raise click.UsageError("--chimerax opens the maps by name; none can be '-'")
 
     from cryored.cli.progress import bar
     from cryored.prior.denoise_files import DenoiseOptions, denoise_file, denoise_halves, denoise_job

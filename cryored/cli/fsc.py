@@ -110,11 +110,13 @@ def fsc(
             check_target(target, overwrite)
 
     from cryored.assessment.fsc_of_files import FscOptions, fsc_files, fsc_job, log_summary
+    from cryored.cli.progress import working
     from cryored.files.fsc_tables import draw_fsc, format_tsv, format_xml, star_blocks
     from cryored.files.star import write_star
 
     chosen = FscOptions(mask, angpix, randomise_from, substitute_noise, model, gpu, seed, threads)
-    result = fsc_job(map1, chosen) if map2 is None else fsc_files(map1, map2, chosen)
+    with working("comparing"):
+        result = fsc_job(map1, chosen) if map2 is None else fsc_files(map1, map2, chosen)
     log_summary(result, threshold)
     if star is not None:
         write_star(star, star_blocks(result, threshold))

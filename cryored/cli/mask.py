@@ -62,6 +62,8 @@ def mask(
       cryored mask Refine3D/job012 -o mask.mrc --plot mask.png
     """
     from cryored.assessment.mask_of_map import MaskOptions, mask_file
+    from cryored.cli.progress import working
 
     chosen = MaskOptions(threshold, lowpass or None, extend, edge, islands, angpix, plot, overwrite)
-    mask_file(map_path, output, chosen)
+    with working("masking"):
+        mask_file(map_path, output, chosen)

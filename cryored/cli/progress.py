@@ -49,12 +49,27 @@ def bar(what: str, total: int, *, time_left: bool = True) -> Iterator[Advance]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total, note="")
+        task = progress.add_task(what, total=total or None, note="")
 
         def advance(done: int, total: int, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that something lasts whose end is not known."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = terminal()
+    if console is None:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
 
 
 def _lines(what: str) -> Advance:

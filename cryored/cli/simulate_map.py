@@ -76,6 +76,7 @@ def simulate_map(
       cryored simulate map 1abc.pdb.gz -o truth.mrc --box 96 --angpix 1.5
       cryored simulate map 1abc.cif -o volt.mrc --method potential --assembly 1
     """
+    from cryored.cli.progress import working
     from cryored.simulation.density import MapOptions, simulate_map_file
 
     if like is not None:
@@ -96,4 +97,5 @@ def simulate_map(
         centre=centre,
         overwrite=overwrite,
     )
-    simulate_map_file(structure, output, chosen)
+    with working("simulating"):
+        simulate_map_file(structure, output, chosen)

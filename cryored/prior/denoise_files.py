@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.files.chimerax import coloured_surface
+from cryored.files.chimerax import Shown, denoised_surfaces
 from cryored.files.fsc_tables import read_fsc_table
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.output import check_target, write_text
+from cryored.files.output import check_target, is_stream, write_text
 from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
 from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation, whole_set_fsc
 from cryored.maps.mask import AUTO, relion_mask
@@ -55,7 +55,7 @@ class DenoiseOptions:
     difference : str, optional
         MRC file for the result minus what the network got.
     chimerax : str, optional
-        Script that shows both maps (see `cryored.files.chimerax`).
+        Script that shows the maps that are in files (see `cryored.files.chimerax`).
     plot : str, optional
         PNG of slices, FSC and power.
     bfactor : float or "auto", optional
@@ -102,12 +102,15 @@ class _Source:
         What the network is told of it.
     sharpening : float
         By how many square angstrom it was sharpened, which is undone in `volume`.
+    path : str or None
+        The file that holds it as it was, if one does.
     """
 
     name: str
     volume: Volume
     fsc: Curve | None
     sharpening: float = 0.0
+    path: str | None = None
 
 
 def denoise_file(
@@ -134,7 +137,10 @@ def denoise_file(
     fsc = None
     if model.card.input == "regularised" or model.card.knots:
         fsc = _given_fsc(path, volume, mask, options)
-    _denoise(_source(path, volume, fsc, model, options), mask, output, model, options, progress)
+    source = _source(path, volume, fsc, model, options)
+    if not is_stream(path):
+        source = replace(source, path=path)
+    _denoise(source, mask, output, model, options, progress)
 
 
 def denoise_halves(
@@ -340,14 +346,16 @@ def _denoise(
         logger.info("%s is constant: returned as it is", source.name)
     by = f"{model.card.name} {model.card.sha256[:8]} rotations {options.rotations}"
     write_volume(output, results[0], label=f"denoise {by}")
+    difference = sigma = None
     if options.difference is not None:
-        difference = results[0].with_data(results[0].data - given.data)
-        write_volume(options.difference, difference, label=f"denoise difference {by}")
+        difference = options.difference, results[0].with_data(results[0].data - given.data)
+        write_volume(*difference, label=f"denoise difference {by}")
     if options.uncertainty is not None:
-        write_volume(options.uncertainty, results[1], label=f"denoise uncertainty {by}")
-    if options.chimerax is not None and options.uncertainty is not None:
-        script = coloured_surface(options.chimerax, output, options.uncertainty, results[0], results[1])
-        write_text(options.chimerax, script)
+        sigma = options.uncertainty, results[1]
+        write_volume(*sigma, label=f"denoise uncertainty {by}")
+    if options.chimerax is not None:
+        shown = Shown((output, results[0]), source.path, difference, sigma)
+        write_text(options.chimerax, denoised_surfaces(options.chimerax, shown))
     if options.plot is not None:
         from cryored.prior.denoise_pictures import draw_denoised
 
