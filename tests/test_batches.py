@@ -17,7 +17,7 @@ from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import apply_shells
 from cryored.maps.volume import Volume
 from cryored.simulation.pair_table import read_pairs
-from cryored.training.batches import PairStore, check_pairs, draw_batch, free_memory, prefetched
+from cryored.training.batches import PairStore, check_pairs, draw_batch, prefetched
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,6 @@ def test_pairs_beyond_the_cache_are_read_again(own_rows):
     for index in (2, 3):
         with pytest.raises(InputError, match="noisy.mrc: cannot be read"):
             store[index]
-
-
-def test_free_memory_is_less_than_there_is():
-    assert 0 < free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_no_pairs():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -653,6 +654,41 @@ def test_short_of_all_memory_goes_to_the_cpu_and_says_so(monkeypatch, caplog):
 def test_short_of_memory_on_the_cpu_is_an_error(monkeypatch):
     with pytest.raises(ModelError, match="not enough memory .* the smallest"):
         Denoiser(short_of_memory(monkeypatch, 10**3, "CPU"))(blob(80, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "warning"),
+    [(1000, ""), (400, "not enough memory for 2 maps at once, so one by one"), (150, "tiles of 56 voxels from now on")],
+)
+def test_granted_memory_decides_the_pieces_beforehand(monkeypatch, caplog, mebibytes, warning):
+    maps = [blob(80, 1.5, seed=seed) for seed in (1, 2)]
+    model = short_of_memory(monkeypatch, 10**9, "CPU")
+    model = replace(model, card=replace(model.card, width=8))
+    monkeypatch.setattr("cryored.prior.denoiser.memory_in_use", lambda: 0)
+    expected = Denoiser(model).denoise_all(maps)
+    assert not caplog.text
+    for one, other in zip(Denoiser(model, max_memory=mebibytes << 20).denoise_all(maps), expected, strict=True):
+        np.testing.assert_allclose(one.data, other.data, atol=FLOAT32 * np.abs(other.data).max())
+    assert warning in caplog.text
+    assert bool(caplog.text) == bool(warning)
+
+
+def test_granted_memory_that_does_not_suffice_is_an_error(monkeypatch):
+    model = short_of_memory(monkeypatch, 10**9, "CPU")
+    with pytest.raises(ModelError, match=r"the smallest \(0.0 GiB, and 0.0 are left\); free some"):
+        Denoiser(model, max_memory=1 << 20)(blob(80, 1.5))
+
+
+def test_scarce_free_memory_makes_small_tiles_and_goes_on(monkeypatch, caplog):
+    model = short_of_memory(monkeypatch, 10**9, "CPU")
+    monkeypatch.setattr("cryored.prior.denoiser.free_memory", lambda: 1 << 20)
+    denoiser = Denoiser(model)
+    assert np.isfinite(denoiser(blob(80, 1.5)).data).all()
+    assert denoiser.tile == 56  # the smallest of a network without levels
+    # A GPU has memory of its own.
+    on_gpu = Denoiser(short_of_memory(monkeypatch, 10**9, "GPU H1"))
+    on_gpu(blob(80, 1.5))
+    assert on_gpu.tile == 144
 
 
 def test_other_failures_of_the_network_are_not_taken_for_memory(monkeypatch):

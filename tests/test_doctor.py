@@ -179,7 +179,7 @@ def test_a_folder_that_other_nodes_do_not_see(monkeypatch):
 
 
 def test_too_little_memory(monkeypatch):
-    monkeypatch.setattr(doctor, "_free_memory", lambda: 4.0)
+    monkeypatch.setattr(doctor, "free_memory", lambda: 4 << 30)
     assert only(doctor.memory, box=96).state == "ok"
     finding = only(doctor.memory, box=512)
     assert finding.state == "error"

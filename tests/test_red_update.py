@@ -292,6 +292,21 @@ def test_class3d_by_the_estimated_fsc(project):
     assert difference(read_volume(job.result).data, job.expected("map")) <= FLOAT32
 
 
+def test_what_it_takes_is_told_beforehand(project):
+    job = project()
+    plain, prior = (json.loads(job.run("--check", "--lambda", lam).stdout)["expected"] for lam in (0, 1))
+    arrays = 3 * 4 * 64 * 64 * 33 / 2**30
+    assert plain["arrays_gib"] == prior["arrays_gib"] == pytest.approx(arrays, abs=0.01)
+    assert 0.05 < plain["memory_gib"] < 0.3
+    assert 0.7 < prior["memory_gib"] < 1.2
+    assert 0 <= plain["seconds"] < prior["seconds"] < 60
+    assert_refused(job.run("--lambda", 1, "--max-memory", 0.25), "0.2 by --max-memory; raise it")
+    assert job.run("--lambda", 0, "--max-memory", 0.25).exit_code == 0
+    done = job.run("--max-memory", 0)
+    assert done.exit_code == 2
+    assert "'0' is not a number of GiB above 0" in done.stderr
+
+
 def test_angpix_decides_lambda(project):
     job = project()
     lams = []

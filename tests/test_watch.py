@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -172,6 +173,34 @@ def test_a_gpu_short_of_memory_shows(project, monkeypatch):
     server(1.0, show=lambda *entry: shown.append(entry[0])).serve([order])
     assert order.said == ["accepted", "done"]
     assert shown[0].device == records(HALVES[0])[0]["device"] == "CPU (memory of GPU H1 too small)"
+
+
+@pytest.mark.parametrize("free", [8 << 30, 100 << 20])
+def test_the_halves_go_together_where_memory_allows(project, monkeypatch, caplog, free):
+    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)
+    monkeypatch.setattr("cryored.refinement.watcher.free_memory", lambda: free)
+    together = []
+    whole = Updater.denoise
+    monkeypatch.setattr(Updater, "denoise", lambda self, maps: together.append(len(maps)) or whole(self, maps))
+    first, second = (Order(star(root)) for root in HALVES)
+    with caplog.at_level(logging.INFO, "cryored"):
+        service = server()
+        service.serve([first, second])
+        service.serve([Order(star(HALVES[0]))])
+    assert first.said == second.said == ["accepted", "done"]
+    assert together == ([2, 1] if free > 1 << 30 else [1, 1, 1])
+    # Once for all requests of a box.
+    (told,) = [line for line in caplog.messages if "padding" in line]
+    assert told.startswith("box 32, padding 2: about 0.1 GiB besides 0.0 GiB of RELION's arrays, ")
+    assert told.endswith(" for both halves together") == (free > 1 << 30)
+
+
+def test_a_request_for_which_the_granted_memory_does_not_suffice(project):
+    updater = Updater(Settings(lam=1.0), Denoiser(find_model("cwred"), gpu=False, max_memory=500 << 20))
+    order = Order(star(HALVES[0]))
+    Server(Path("run"), updater).serve([order])
+    (accepted, failed) = order.said
+    assert "at least 0.8 GiB of memory are needed, expected at most 0.5 by --max-memory" in failed
 
 
 def test_nothing_is_written_for_a_hook_that_has_gone(project):

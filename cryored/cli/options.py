@@ -101,6 +101,31 @@ device = click.option(
     default=None,
     help="Insist on a GPU, or keep off it.  [default: a GPU where there is one]",
 )
+
+
+class _Gib(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A number of GiB above 0, as bytes."""
+
+    name = "GIB"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return bytes."""
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = 0.0
+        if not 0 < number < 1e6:
+            self.fail(f"'{value}' is not a number of GiB above 0", param, ctx)
+        return int(number * 2**30)
+
+
+max_memory = click.option(
+    "--max-memory",
+    type=_Gib(),
+    metavar="GIB",
+    help="Memory that this process may take, RELION's arrays apart: it decides the network's tiles and whether two "
+    "maps go through it together.  [default: what the machine, its control group and SLURM leave free]",
+)
 plot = click.option("--plot", type=PATH, metavar="FILE.png", help="Draw the result (needs matplotlib).")
 gaussian_width = click.option(
     "--resolution",

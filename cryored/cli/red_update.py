@@ -32,6 +32,7 @@ from cryored.cli import options
     help="Validate everything, print what would be done, write nothing; of a JOB's last request.",
 )
 @options.device
+@options.max_memory
 @options.threads
 @options.overwrite
 @options.common
@@ -51,6 +52,7 @@ def red_update(
     extrapolate: bool,
     prior_limit: float | None,
     gpu: bool | None,
+    max_memory: int | None,
     threads: int | None,
     overwrite: bool,
 ) -> None:
@@ -84,7 +86,7 @@ def red_update(
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
     files = Files(angpix, output, unregularised, denoised, clean, overwrite)
-    record = red_update_file(job, settings, files, model=model, check=check, gpu=gpu)
+    record = red_update_file(job, settings, files, model=model, check=check, gpu=gpu, max_memory=max_memory)
     if check:
         click.echo(json.dumps(record, indent=2))
     else:

@@ -39,6 +39,7 @@ from cryored.cli.progress import terminal
 )
 @click.option("--until-done", is_flag=True, help="End when RELION has ended the run.")
 @options.device
+@options.max_memory
 @options.threads
 @options.overwrite
 @options.common
@@ -58,6 +59,7 @@ def watch(
     report: str | None,
     until_done: bool,
     gpu: bool | None,
+    max_memory: int | None,
     threads: int | None,
     overwrite: bool,
 ) -> None:
@@ -83,7 +85,7 @@ def watch(
     from cryored.refinement.watcher import WatchOptions, watch_folder
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
-    updater = Updater(settings, Denoiser(find_model(model), gpu=gpu, threads=threads))
+    updater = Updater(settings, Denoiser(find_model(model), gpu=gpu, threads=threads, max_memory=max_memory))
     files = Files(angpix=angpix, unregularised=unregularised, clean=clean)
     words = tuple(_hook_options(click.get_current_context()))
     chosen = WatchOptions(words, poll, report, overwrite, until_done)
@@ -100,6 +102,8 @@ def _hook_options(ctx: click.Context) -> list[str]:
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(Path(value).resolve()) if name == "schedule" else str(value)]
     words.append("--extrapolate" if given["extrapolate"] else "--no-extrapolate")
+    if given["max_memory"] is not None:
+        words += ["--max-memory", f"{given['max_memory'] / 2**30:g}"]
     if given["clean"]:
         words.append("--clean")
     if given["gpu"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from cryored.maps.fourier import forward, inverse, spatial_frequency
 from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
 from cryored.maps.volume import Volume, raised_cosine, window
+from cryored.memory import free_memory
 from cryored.prior import device
-from cryored.prior.models import Model, check_uncertainty, load_network
+from cryored.prior.budget import memory_in_use, network_memory
+from cryored.prior.models import Model, ModelCard, check_uncertainty, load_network
 from cryored.prior.network import LOG_VARIANCE, condition
 
 logger = logging.getLogger(__name__)
@@ -148,6 +151,10 @@ class _Seen:
     told: Array | None
 
 
+class _TooLarge(MemoryError):
+    """More than the memory that there is, by what is known beforehand."""
+
+
 @dataclass
 class Denoiser:
     """A model ready to be applied to maps; the network is loaded when it is first needed.
@@ -164,6 +171,9 @@ class Denoiser:
         Average over the first so many of the 24 cube rotations.
     progress : callable
         Is told how many tiles are done, and of how many, over all rotations.
+    max_memory : int, optional
+        Bytes that this process may take; on a CPU tiles are made so small, and maps sent one by one, that it does
+        with them. By default what is free; a GPU tells when it has no more.
     """
 
     model: Model
@@ -172,6 +182,7 @@ class Denoiser:
     tile: int = DEFAULT_TILE
     rotations: int = 1
     progress: Progress = silent
+    max_memory: int | None = None
     device_name: str = ""  # where the last maps went through the network
     _network: Any = None
     _loaded_on: str = ""
@@ -231,6 +242,11 @@ class Denoiser:
         # Linear interpolation: the ringing of a Fourier transform would make small variances negative.
         sigma = np.sqrt(interpolate(variance, seen.grids)) * np.float32(seen.deviation)
         return self._subtract(volume, seen, error), volume.with_data(sigma)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network has been loaded onto a GPU."""
+        return "GPU" in self._loaded_on
 
     def load(self) -> None:
         """Load the network now instead of at the first map."""
@@ -297,6 +313,7 @@ class Denoiser:
         self.load()
         self.device_name = self._loaded_on
         try:
+            self._make_fit(data)
             return self._rotated(data, told)
         except Exception as error:
             if not device.is_out_of_memory(error):
@@ -307,18 +324,31 @@ class Denoiser:
             elif smaller:
                 logger.warning("%s: not enough memory; tiles of %d voxels from now on", self.device_name, smaller)
                 self.tile = smaller
-            elif "GPU" in self._loaded_on:
+            elif self.on_gpu:
                 logger.warning(
                     "%s: not enough memory for the smallest tiles; this map goes to the CPU", self._loaded_on
                 )
                 return self._outputs_on_cpu(data, told)
             else:
                 raise ModelError(
-                    f"not enough memory for the network with tiles of {self.tile} voxels, the smallest; free some, "
-                    "or use a machine with more"
+                    f"not enough memory for the network with tiles of {self.tile} voxels, the smallest"
+                    f"{f' ({error})' if isinstance(error, _TooLarge) else ''}; free some, or use a machine with more"
                 ) from error
         parts = [slice(i, i + 1) for i in range(len(data))]
         return np.concatenate([self._outputs(data[part], None if told is None else told[part]) for part in parts])
+
+    def _make_fit(self, data: Array) -> None:
+        """Raise `_TooLarge` where the maps would take more memory than there is, and something can be done about it."""
+        if self.on_gpu:
+            return
+        room = free_memory() if self.max_memory is None else self.max_memory - memory_in_use()
+        shape = tuple(n + 2 * _MARGIN for n in data.shape[1:])
+        needed = network_memory(self.model.card, shape, self.tile, len(data))
+        if room is None or needed <= room:
+            return
+        # What is free is a guess: the smallest tiles are tried all the same.
+        if self.max_memory is not None or len(data) > 1 or self._smaller_tile(data.shape):
+            raise _TooLarge(f"{needed / 2**30:.1f} GiB, and {max(room, 0) / 2**30:.1f} are left")
 
     def _outputs_on_cpu(self, data: Array, told: Array | None) -> Array:
         with device.cpu():
@@ -376,6 +406,19 @@ class Denoiser:
             return output[..., 0]
         variance = np.exp(np.clip(output[..., 1], *LOG_VARIANCE))
         return np.stack([output[..., 0], variance], axis=1).reshape(-1, *data.shape[1:])
+
+
+def tile_voxels(shape: tuple[int, ...], tile: int, card: ModelCard) -> int:
+    """Return the voxels of all tiles together that maps of a shape, at the model's pixel size, are cut into."""
+    multiple = 2**card.depth
+    tile = max(_round_up(tile, multiple), _least_tile(multiple))
+    padded = [_round_up(n + 2 * _MARGIN, multiple) for n in shape]
+    return math.prod(sum(min(tile, n) for _ in _starts(n, tile, multiple)) for n in padded)
+
+
+def smallest_tile(card: ModelCard) -> int:
+    """Return the edge of a model's smallest tiles."""
+    return _least_tile(2**card.depth)
 
 
 def _least_tile(multiple: int) -> int:

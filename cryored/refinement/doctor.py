@@ -21,10 +21,12 @@ from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.share import RELION5, share_folders
 from cryored.files.star import read_star, write_star
-from cryored.maps.fourier import frequencies, half_frequencies, padded_size
+from cryored.maps.fourier import frequencies, half_frequencies
 from cryored.maps.volume import Volume
+from cryored.memory import free_memory
 from cryored.prior import device
 from cryored.prior.models import check_weights, find_model
+from cryored.refinement.bounds import array_bytes
 from cryored.refinement.mailbox import PRESENCE, Presence
 
 VARIABLE = "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE"
@@ -147,10 +149,10 @@ def memory(setup: Setup) -> Iterator[Finding]:
     if box is None:
         yield Finding("memory", "warning", "the box is not known, so the memory that it takes is not", "give --box")
         return
-    size = _arrays(box, setup.pad)
     # Arrays as they are read, the maps of both halves, and the network.
-    needed = (2 * size + 10 * 4 * box**3) / 2**30 + _NETWORK
-    free = _free_memory()
+    needed = (2 * array_bytes(box, setup.pad) + 10 * 4 * box**3) / 2**30 + _NETWORK
+    found = free_memory()
+    free = None if found is None else found / 2**30
     text = f"about {needed:.1f} GiB for both halves of box {box} at padding {setup.pad:g}"
     if free is None:
         yield Finding("memory", "ok", text)
@@ -311,7 +313,7 @@ def folder(setup: Setup) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(place).free / 2**30
     box = setup.box if setup.box is not None else _box_of(place)
-    needed = _ROOM * 2 * _arrays(box or 256, setup.pad) / 2**30
+    needed = _ROOM * 2 * array_bytes(box or 256, setup.pad) / 2**30
     if free < needed:
         text = f"{place}: {free:.1f} GiB are free, an iteration of box {box or 256} leaves {needed / _ROOM:.1f} GiB"
         yield Finding("folder", "error" if box else "warning", text, "free some, or use --clean")
@@ -384,12 +386,6 @@ QUESTIONS: tuple[Callable[[Setup], Iterator[Finding]], ...] = (
 )
 
 
-def _arrays(box: int, pad: float) -> int:
-    """Return the bytes of one request's three arrays."""
-    n = padded_size(pad, box)
-    return 3 * 4 * n * n * (n // 2 + 1)
-
-
 def _box_of(place: Path | None) -> int | None:
     """Return the box of a job's last model, where there is one."""
     if place is None:
@@ -400,27 +396,6 @@ def _box_of(place: Path | None) -> int | None:
     except InputError:
         return None
     return int(size) if size and size.isdigit() else None
-
-
-def _free_memory() -> float | None:
-    """Return GiB that this process may still take: of the machine, of its cgroup, of SLURM's grant."""
-    found = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-        found.append(int(lines["MemAvailable"].split()[0]) / 2**20)
-    except (OSError, KeyError, ValueError):
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append((int(Path(limit).read_text()) - int(Path(used).read_text())) / 2**30)
-        except (OSError, ValueError):  # no cgroup, or "max"
-            pass
-    if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
-        found.append(int(os.environ["SLURM_MEM_PER_NODE"]) / 1024)
-    return min(found, default=None)
 
 
 def _file_system(place: Path) -> str:

@@ -22,6 +22,7 @@ from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
 from cryored.reconstruction.sums import load_sums, with_fsc
+from cryored.refinement.bounds import check_memory, expect
 from cryored.refinement.updater import Answer, Maps, Settings, Updater, is_joined, timed
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,7 @@ def red_update_file(
     model: str,
     check: bool = False,
     gpu: bool | None = None,
+    max_memory: int | None = None,
 ) -> dict[str, Any]:
     """Answer the request in the file `job`; see the help of ``cryored red-update``.
 
@@ -244,11 +246,13 @@ def red_update_file(
         Name or folder.
     check : bool
         Do everything but the update, and write nothing.
+    max_memory : int, optional
+        Bytes that this process may take, RELION's arrays apart.
 
     Returns
     -------
     dict
-        What was logged, or would be.
+        What was logged, or would be; with `check` also what it is expected to take.
     """
     begin = time.monotonic()
     seconds: dict[str, float] = {}
@@ -256,14 +260,16 @@ def red_update_file(
         request = read_request_file(job, angpix=files.angpix, needs_pixel_size=settings.lam != 0)
         request = with_fsc(request, settings.threads)
         found = find_model(model)
-        updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads))
+        updater = Updater(settings, Denoiser(found, gpu=gpu, threads=settings.threads, max_memory=max_memory))
         outputs = plan_outputs(job, request, updater, "red-update", files)
         if outputs.record["lambda"] > 0 or check:
             check_weights(found)
+        expected = expect(request, updater)
+        check_memory(expected, max_memory, job)
         sums = load_sums(request, settings.threads)
         given = None if files.denoised is None else _read_denoised(files.denoised, request)
     if check:
-        return dict(outputs.record)
+        return {**outputs.record, "expected": expected.rounded()}
     (maps,) = updater.denoise([updater.begin(request, sums, denoised=given)])
     record = outputs.write(updater, maps, updater.finish(maps))
     line = outputs.log(record, {**seconds, "total": time.monotonic() - begin})

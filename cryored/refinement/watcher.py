@@ -16,9 +16,11 @@ import numpy as np
 from cryored.errors import CryoredError, InputError, in_words
 from cryored.files.jobs import read_job
 from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
+from cryored.memory import free_memory
 from cryored.prior.models import check_weights
 from cryored.prior.weights import ShellWeights
 from cryored.reconstruction.sums import load_sums, with_fsc
+from cryored.refinement.bounds import check_memory, expect
 from cryored.refinement.mailbox import Inbox, Presence
 from cryored.refinement.red_update import AS_ASKED, DENOISED, ROOT, Files, Outputs, plan_outputs
 from cryored.refinement.report import Report, add_logged, check_report, run_state
@@ -103,6 +105,7 @@ class Server:
         self._updater = updater
         self._files = files
         self._show = show
+        self._told: set[tuple[int, float, bool]] = set()  # kinds of requests whose bounds were told
 
     def serve(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
         """Answer orders together.
@@ -114,6 +117,42 @@ class Server:
             Is asked once for what has come in the meantime, most often the other half of the iteration: waiting for
             it would be wrong where RELION reconstructs the halves one after the other.
         """
+        if not self._fit_together(orders):
+            for order in orders:
+                self._answer([order])
+            return
+        self._answer(orders, more)
+
+    def _fit_together(self, orders: Sequence[Order]) -> bool:
+        """Tell whether memory suffices for the halves together; say of a new box what it takes."""
+        try:
+            request = self._read(orders[0])
+            expected = expect(request, self._updater, 2)
+            shape = request.ori, request.pad, self._updater.weight(request)[0] > 0
+        except (CryoredError, OSError, ValueError):
+            return True  # whoever answers it will say what is wrong
+        free = self._updater.denoiser.max_memory or free_memory()
+        together = free is None or expected.memory <= free
+        if shape not in self._told:
+            self._told.add(shape)
+            logger.info(
+                "box %d, padding %g: %s for %s",
+                request.ori,
+                request.pad,
+                (expected if together else expect(request, self._updater)).in_words(),
+                "both halves together" if together else "a half; memory does not suffice for both together",
+            )
+        return together
+
+    def _read(self, order: Order) -> Request:
+        return read_request_file(
+            order.star,
+            folder=order.folder,
+            angpix=self._files.angpix,
+            needs_pixel_size=self._updater.settings.lam != 0,
+        )
+
+    def _answer(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
         cases = list(self._begin(orders))
         cases += self._begin(more())
         try:
@@ -136,12 +175,7 @@ class Server:
             try:
                 order.accept()
                 with timed(seconds, "read"):
-                    request = read_request_file(
-                        order.star,
-                        folder=order.folder,
-                        angpix=self._files.angpix,
-                        needs_pixel_size=self._updater.settings.lam != 0,
-                    )
+                    request = self._read(order)
                     outside = self._outside(request)
                     if outside is not None:
                         logger.warning("%s: %s lies outside %s: declined", order.star, outside, self._folder)
@@ -149,6 +183,7 @@ class Server:
                         continue
                     request = with_fsc(request, self._updater.settings.threads)
                     outputs = plan_outputs(order.star, request, self._updater, "watch", self._files)
+                    check_memory(expect(request, self._updater), self._updater.denoiser.max_memory, order.star)
                     sums = load_sums(request, self._updater.settings.threads)
                 maps = self._updater.begin(request, sums)
             except Exception as error:

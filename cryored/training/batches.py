@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 from typing import Literal, TypeVar
 
@@ -20,6 +19,7 @@ from cryored.files.mrc import read_volume
 from cryored.maps.fourier import apply_shells
 from cryored.maps.network_scale import standard_of
 from cryored.maps.volume import Volume
+from cryored.memory import free_memory
 from cryored.prior.denoiser import cube_rotations, rotate
 from cryored.simulation.pair_table import PairRow
 from cryored.threads import default_threads
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 GREY_SCALE = (0.5, 1.5)  # range of a random factor: molecules are larger or smaller than those trained on
 _LEAST_ERROR = 1e-8  # mean square in standardised units: the loss weight of a pair without errors stays finite
+_UNKNOWN_MEMORY = 4 << 30  # bytes that count as free where nothing tells
 _MOST_THREADS = 8  # more prepare no batch faster: they wait for the interpreter
 
 Array = npt.NDArray[np.float32]
@@ -133,7 +134,7 @@ class PairStore:
             raise InputError("no pairs to train on")
         self.rows = rows
         self.input = input
-        self._room = free_memory() // 2 if cache is None else cache
+        self._room = (free_memory() or _UNKNOWN_MEMORY) // 2 if cache is None else cache
         self._kept: dict[int, tuple[Half, Half, float]] = {}
         self._lock = Lock()
 
@@ -248,18 +249,3 @@ def prefetched(
 
 def _threads(asked: int | None) -> int:
     return min(asked or default_threads(), _MOST_THREADS)
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that this process may still take, as Linux and its control group say; else 4 GiB."""
-    free = 4 << 30
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, StopIteration, ValueError):
-        pass  # not Linux, or another version of control groups: what is known so far counts
-    return max(free, 0)

@@ -1,0 +1,108 @@
+"""What answering a request takes, told beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryored.errors import InputError
+from cryored.files.requests import Request
+from cryored.maps.fourier import padded_size
+from cryored.maps.resample import plan_axis
+from cryored.prior.budget import ENGINE, network_memory, network_seconds
+from cryored.prior.denoiser import smallest_tile, tile_voxels
+from cryored.refinement.updater import Updater
+from cryored.threads import default_threads
+
+_PYTHON = 150 << 20  # bytes of Python with numpy, scipy and the compiled loops
+_MAP = 1.0e-7  # core seconds for each coefficient of the padded transform: the MAP map
+_PRIOR = 1.2  # times as much again for the update with the prior
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Memory and time of one or more requests that are answered together.
+
+    Parameters
+    ----------
+    arrays : int
+        Bytes of RELION's arrays, which are mapped from the disk: where memory is short, the machine takes it back.
+    memory : int
+        Bytes of everything else.
+    least : int
+        The same with the requests one after the other, in the smallest tiles.
+    seconds : float
+        Warm, on the device; a cold start takes five more with the network.
+    """
+
+    arrays: int
+    memory: int
+    least: int
+    seconds: float
+
+    def rounded(self) -> dict[str, float]:
+        """Return them for a record, in GiB and seconds."""
+        gib = {"memory_gib": self.memory, "arrays_gib": self.arrays}
+        return {**{name: round(size / 2**30, 2) for name, size in gib.items()}, "seconds": round(self.seconds, 2)}
+
+    def in_words(self) -> str:
+        """Return them for a person."""
+        return (
+            f"about {self.memory / 2**30:.1f} GiB besides {self.arrays / 2**30:.1f} GiB of RELION's arrays, "
+            f"{self.seconds:.1f} s"
+        )
+
+
+def array_bytes(box: int, pad: float) -> int:
+    """Return the bytes of one request's three arrays."""
+    n = padded_size(pad, box)
+    return 3 * 4 * n * n * (n // 2 + 1)
+
+
+def expect(request: Request, updater: Updater, requests: int = 1) -> Bounds:
+    """Return what a request takes, or several like it together.
+
+    Parameters
+    ----------
+    request : Request
+    updater : Updater
+        Its device counts as a CPU until it is loaded.
+    requests : int
+        Answered together.
+    """
+    lam, _ = updater.weight(request)
+    denoiser, card = updater.denoiser, updater.model.card
+    ori, n = request.ori, padded_size(request.pad, request.ori)
+    threads = updater.settings.threads or default_threads()
+    arrays = requests * array_bytes(ori, request.pad)
+    seconds = requests * _MAP * n**2 * (n // 2 + 1) / threads
+    volume = 4 * ori**3
+    # Half-transformed, complex64: what `reconstruct` holds besides its result.
+    rows, columns = min(n, 2 * request.r_max * request.pad + 1), min(n // 2, request.r_max * request.pad) + 1
+    half = int(8 * ori * rows * columns)
+    if lam == 0:
+        memory = _PYTHON + half + requests * volume
+        return Bounds(arrays, memory, _PYTHON + half + volume, seconds)
+    side = plan_axis(ori, request.pixel_size, card.pixel_size).resampled
+    voxels = requests * tile_voxels((side,) * 3, denoiser.tile, card)
+    seconds = seconds * (1 + _PRIOR) + network_seconds(card, voxels, gpu=denoiser.on_gpu, threads=threads)
+
+    def peak(together: int, tile: int) -> int:
+        network = 0 if denoiser.on_gpu else network_memory(card, (side,) * 3, tile, together)
+        return ENGINE + together * 2 * volume + max(network, 2 * half + volume)
+
+    return Bounds(arrays, peak(requests, denoiser.tile), peak(1, smallest_tile(card)), seconds)
+
+
+def check_memory(found: Bounds, max_memory: int | None, what: str) -> None:
+    """Refuse what cannot be done with the memory that was granted.
+
+    Raises
+    ------
+    InputError
+        Not even in the smallest tiles.
+    """
+    if max_memory is not None and found.least > max_memory:
+        raise InputError(
+            f"{what}: at least {found.least / 2**30:.1f} GiB of memory are needed, expected at most "
+            f"{max_memory / 2**30:.1f} by --max-memory; raise it, or use a smaller box or padding 1"
+        )
