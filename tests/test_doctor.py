@@ -185,6 +185,8 @@ def test_too_little_memory(monkeypatch):
     assert finding.state == "error"
     assert "GiB for both halves of box 512 at padding 2, 4.0 GiB are free" in finding.text
     assert only(doctor.memory).remedy == "give --box"
+    finding = only(doctor.memory, box=320)
+    assert (finding.state, finding.remedy.split(",")[0]) == ("warning", "the halves will be answered one by one")
 
 
 def test_the_blush_call(project, monkeypatch):

@@ -9,7 +9,7 @@ from cryored.files.requests import Request
 from cryored.maps.fourier import padded_size
 from cryored.maps.resample import plan_axis
 from cryored.prior.budget import ENGINE, network_memory, network_seconds
-from cryored.prior.denoiser import smallest_tile, tile_voxels
+from cryored.prior.denoiser import Denoiser, smallest_tile, tile_voxels
 from cryored.refinement.updater import Updater
 from cryored.threads import default_threads
 
@@ -58,39 +58,65 @@ def array_bytes(box: int, pad: float) -> int:
     return 3 * 4 * n * n * (n // 2 + 1)
 
 
-def expect(request: Request, updater: Updater, requests: int = 1) -> Bounds:
-    """Return what a request takes, or several like it together.
+def bounds(
+    box: int,
+    pad: float,
+    denoiser: Denoiser | None,
+    *,
+    pixel_size: float,
+    r_max: int,
+    requests: int = 1,
+    threads: int | None = None,
+) -> Bounds:
+    """Return what requests of a box take.
 
     Parameters
     ----------
-    request : Request
-    updater : Updater
-        Its device counts as a CPU until it is loaded.
+    box : int
+    pad : float
+        Padding factor.
+    denoiser : Denoiser or None
+        Its device counts as a CPU until it is loaded; None where lambda is 0.
+    pixel_size : float
+        In angstrom.
+    r_max : int
+        Half the current image size.
     requests : int
         Answered together.
+    threads : int, optional
     """
-    lam, _ = updater.weight(request)
-    denoiser, card = updater.denoiser, updater.model.card
-    ori, n = request.ori, padded_size(request.pad, request.ori)
-    threads = updater.settings.threads or default_threads()
-    arrays = requests * array_bytes(ori, request.pad)
+    n, threads = padded_size(pad, box), threads or default_threads()
+    arrays = requests * array_bytes(box, pad)
     seconds = requests * _MAP * n**2 * (n // 2 + 1) / threads
-    volume = 4 * ori**3
+    volume = 4 * box**3
     # Half-transformed, complex64: what `reconstruct` holds besides its result.
-    rows, columns = min(n, 2 * request.r_max * request.pad + 1), min(n // 2, request.r_max * request.pad) + 1
-    half = int(8 * ori * rows * columns)
-    if lam == 0:
-        memory = _PYTHON + half + requests * volume
-        return Bounds(arrays, memory, _PYTHON + half + volume, seconds)
-    side = plan_axis(ori, request.pixel_size, card.pixel_size).resampled
+    half = int(8 * box * min(n, 2 * r_max * pad + 1) * (min(n // 2, r_max * pad) + 1))
+    if denoiser is None:
+        return Bounds(arrays, _PYTHON + half + requests * volume, _PYTHON + half + volume, seconds)
+    card, on_gpu = denoiser.model.card, denoiser.on_gpu
+    side = plan_axis(box, pixel_size, card.pixel_size).resampled
     voxels = requests * tile_voxels((side,) * 3, denoiser.tile, card)
-    seconds = seconds * (1 + _PRIOR) + network_seconds(card, voxels, gpu=denoiser.on_gpu, threads=threads)
+    seconds = seconds * (1 + _PRIOR) + network_seconds(card, voxels, gpu=on_gpu, threads=threads)
 
     def peak(together: int, tile: int) -> int:
-        network = 0 if denoiser.on_gpu else network_memory(card, (side,) * 3, tile, together)
+        network = 0 if on_gpu else network_memory(card, (side,) * 3, tile, together)
         return ENGINE + together * 2 * volume + max(network, 2 * half + volume)
 
     return Bounds(arrays, peak(requests, denoiser.tile), peak(1, smallest_tile(card)), seconds)
+
+
+def expect(request: Request, updater: Updater, requests: int = 1) -> Bounds:
+    """Return what a request takes, or several like it together; see `bounds`."""
+    lam, _ = updater.weight(request)
+    return bounds(
+        request.ori,
+        request.pad,
+        updater.denoiser if lam > 0 else None,
+        pixel_size=request.pixel_size,
+        r_max=request.r_max,
+        requests=requests,
+        threads=updater.settings.threads,
+    )
 
 
 def check_memory(found: Bounds, max_memory: int | None, what: str) -> None:

@@ -25,15 +25,15 @@ from cryored.maps.fourier import frequencies, half_frequencies
 from cryored.maps.volume import Volume
 from cryored.memory import free_memory
 from cryored.prior import device
+from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
-from cryored.refinement.bounds import array_bytes
+from cryored.refinement.bounds import array_bytes, bounds
 from cryored.refinement.mailbox import PRESENCE, Presence
 
 VARIABLE = "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE"
 BLUSH = "relion_python_blush"
 _HOOK = "cryored-external-reconstruct"
 _OLDEST = (3, 1)
-_NETWORK = 1.3  # GiB that Python and the network's engine take
 _ROOM = 1.5  # times the arrays of one request that should be free on the disk
 _LOCAL = {"tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "ramfs"}  # of one machine
 _BOX = 16  # of the dry request
@@ -149,17 +149,20 @@ def memory(setup: Setup) -> Iterator[Finding]:
     if box is None:
         yield Finding("memory", "warning", "the box is not known, so the memory that it takes is not", "give --box")
         return
-    # Arrays as they are read, the maps of both halves, and the network.
-    needed = (2 * array_bytes(box, setup.pad) + 10 * 4 * box**3) / 2**30 + _NETWORK
-    found = free_memory()
-    free = None if found is None else found / 2**30
+    model = find_model(setup.model)
+    found = bounds(box, setup.pad, Denoiser(model), pixel_size=model.card.pixel_size, r_max=box // 2, requests=2)
+    needed, free = (found.memory + found.arrays) / 2**30, free_memory()
     text = f"about {needed:.1f} GiB for both halves of box {box} at padding {setup.pad:g}"
     if free is None:
         yield Finding("memory", "ok", text)
-    elif needed > free:
-        yield Finding("memory", "error", f"{text}, {free:.1f} GiB are free", "ask for more memory, or use padding 1")
+        return
+    text += f", {free / 2**30:.1f} GiB are free"
+    if found.least > free:
+        yield Finding("memory", "error", text, "ask for more memory, or use padding 1")
+    elif found.memory > free:
+        yield Finding("memory", "warning", text, "the halves will be answered one by one, and slower; ask for more")
     else:
-        yield Finding("memory", "ok", f"{text}, {free:.1f} GiB are free")
+        yield Finding("memory", "ok", text)
 
 
 def relion(setup: Setup) -> Iterator[Finding]:
