@@ -90,7 +90,7 @@ def intermediates(repeat: int) -> tuple[float, int]:
 @click.option("--repeat", default=3, show_default=True)
 def main(number: int, repeat: int) -> None:
     """Print the figures of docs/results.md."""
-    from cryored.simulation.density import MapOptions, simulate_map_file
+    from cryored.simulation.map_of_model import MapOptions, simulate_map_file
 
     with tempfile.TemporaryDirectory() as folder:
         simulate_map_file(str(STRUCTURE), f"{folder}/map.mrc", MapOptions(BOX, ANGPIX, 3.0))

@@ -15,13 +15,12 @@ from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import find_model
 from cryored.prior.network import build_unet, condition, scaled
-from cryored.reconstruction.projection import random_rotations
 from cryored.simulation.density import gaussian_map
 from cryored.simulation.features import Features, draw_features, featured_map
 from cryored.simulation.intermediates import Experiment
 from cryored.simulation.structure import read_atoms
 from cryored.training import from_atoms
-from cryored.training.device_refinements import Refiner, uneven_rotations
+from cryored.training.device_refinements import Refiner
 from cryored.training.from_atoms import learning_rate, loss_of
 from cryored.training.plan import Plan
 from cryored.training.samples import Samples, draw_crops
@@ -88,17 +87,6 @@ def test_a_third_is_as_ideal_as_the_model():
 
 
 # Refinements
-
-
-def test_views_prefer_or_avoid_an_axis():
-    def spread(unevenness):
-        beams = uneven_rotations(400, unevenness, rng=rng())[:, 2]
-        return np.linalg.eigvalsh(beams.T @ beams / len(beams))
-
-    assert spread(4.0)[-1] > 0.5
-    assert spread(-4.0)[0] < 0.2
-    np.testing.assert_allclose(spread(0.0), 1 / 3, atol=0.07)
-    assert len(random_rotations(3, rng=rng())) == 3
 
 
 def test_transforms_are_those_of_the_library(truth):

@@ -49,6 +49,43 @@ from cryored.cli import options
 )
 @click.option("--waters/--no-waters", default=False, show_default=True, help="Keep waters.")
 @click.option("--hydrogens/--no-hydrogens", default=False, show_default=True, help="Keep hydrogens.")
+@click.option("--bfactor", type=float, default=0.0, show_default=True, metavar="A^2", help="Decay of all amplitudes.")
+@click.option(
+    "--bfactor-spread",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="A^2",
+    help="Flexible parts: B factors that vary along the chain and grow outwards, up to three times this.",
+)
+@click.option(
+    "--motion",
+    type=click.FloatRange(0, 90),
+    default=0.0,
+    show_default=True,
+    metavar="DEGREES",
+    help="A domain that turns about a hinge by so much to either side, averaged.",
+)
+@click.option(
+    "--glycans", type=click.IntRange(min=0), default=0, show_default=True, help="Blobs of density on the surface."
+)
+@click.option(
+    "--belt",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="SHARE",
+    help="A micelle or nanodisc around the molecule, of this share of its mean density.",
+)
+@click.option(
+    "--solvent",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    metavar="SHARE",
+    help="Contrast that the solvent takes from the lowest resolutions.",
+)
+@options.seed
 @options.overwrite
 @options.common
 def simulate_map(
@@ -64,12 +101,20 @@ def simulate_map(
     centre: bool,
     waters: bool,
     hydrogens: bool,
+    bfactor: float,
+    bfactor_spread: float,
+    motion: float,
+    glycans: int,
+    belt: float,
+    solvent: float,
+    seed: int,
     overwrite: bool,
 ) -> None:
     """Turn an atomic model (PDB or mmCIF, gzipped or not) into a map.
 
     The first model is taken and centred on its mass, at voxel n // 2 of each axis. To compare a map with its model
-    give --like: the model then stays where it is.
+    give --like: the model then stays where it is. What real maps have and ideal ones have not is added to a gaussian
+    map by --bfactor to --solvent; where it is depends on --seed.
 
     \b
     Example:
@@ -77,12 +122,14 @@ def simulate_map(
       cryored simulate map 1abc.cif -o volt.mrc --method potential --assembly 1
     """
     from cryored.cli.progress import working
-    from cryored.simulation.density import MapOptions, simulate_map_file
+    from cryored.simulation.features import Features
+    from cryored.simulation.map_of_model import MapOptions, simulate_map_file
 
     if like is not None:
         for name in ("box", "angpix"):
             if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
                 raise click.UsageError(f"--like tells the grid; leave --{name} out.")
+    features = Features(bfactor, bfactor_spread, motion, glycans, belt, solvent)
     kept = tuple(chains.split(",")) if chains else ()
     chosen = MapOptions(
         box,
@@ -95,6 +142,8 @@ def simulate_map(
         hydrogens,
         like=like,
         centre=centre,
+        features=features,
+        seed=seed,
         overwrite=overwrite,
     )
     with working("simulating"):

@@ -71,6 +71,23 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
     help="Fraction of amplitude contrast.",
 )
 @click.option(
+    "--uneven",
+    type=click.FloatRange(-20, 20),
+    default=0.0,
+    show_default=True,
+    metavar="K",
+    help="Views with a density of exp(K cos(a)^2) at an angle a to the map's z axis: above 0 they prefer it, below 0 "
+    "they avoid it.",
+)
+@click.option(
+    "--missing-cone",
+    type=click.FloatRange(0, 80),
+    default=0.0,
+    show_default=True,
+    metavar="DEGREES",
+    help="Half angle of a cone about the map's z axis of which no view tells anything.",
+)
+@click.option(
     "--shift",
     type=float,
     default=0.0,
@@ -110,6 +127,8 @@ def particles(
     voltage: float,
     cs: float,
     amplitude_contrast: float,
+    uneven: float,
+    missing_cone: float,
     shift: float,
     perturb_angles: float,
     ini_high: float,
@@ -120,9 +139,9 @@ def particles(
 ) -> None:
     """Make a stack of particles that RELION can refine, from MAP.
 
-    Orientations are uniform. The pixels get noise of variance 1, as RELION wants it, and MAP is multiplied so
-    that the particles have the signal-to-noise ratio asked for. The noise is white, or has the spectrum that a
-    refinement of RELION measured, averaged over its groups.
+    Orientations are uniform, unless --uneven or --missing-cone says otherwise. The pixels get noise of variance 1, as
+    RELION wants it, and MAP is multiplied so that the particles have the signal-to-noise ratio asked for. The noise is
+    white, or has the spectrum that a refinement of RELION measured, averaged over its groups.
 
     Written are STEM.mrcs, the particles; STEM.star, to refine from; STEM_truth.star, with the true
     orientations and shifts; and STEM_reference.mrc, MAP on the particles' grey scale and low-pass filtered.
@@ -132,6 +151,7 @@ def particles(
     MAP is a cube with an even box; "-" reads it from standard input.
     """
     from cryored.cli.progress import bar
+    from cryored.reconstruction.projection import Views
     from cryored.simulation.particles import Microscope, ParticleOptions, simulate_particles_file
 
     if scale is not None and ctx.get_parameter_source("snr") is not ParameterSource.DEFAULT:
@@ -144,6 +164,7 @@ def particles(
         apply_ctf=apply_ctf,
         defocus_range=defocus_range,
         microscope=Microscope(voltage, cs, amplitude_contrast),
+        views=Views(uneven, missing_cone, axis=(0.0, 0.0, 1.0)),
         shift=shift,
         perturb_angles=perturb_angles,
         ini_high=ini_high,

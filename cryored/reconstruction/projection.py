@@ -9,6 +9,8 @@ coordinates. Images are y, x with their centre at ``n // 2``; their half-transfo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
@@ -70,6 +72,51 @@ def random_rotations(n: int, *, rng: np.random.Generator) -> Doubles:
     scalar, vector = quaternions[:, :1, None], quaternions[:, 1:]
     cross = _cross_matrices(vector)
     return np.eye(3) + 2.0 * (scalar * cross + cross @ cross)
+
+
+@dataclass(frozen=True)
+class Views:
+    """From where a molecule is seen, about an axis of its own.
+
+    Parameters
+    ----------
+    unevenness : float
+        The density of a beam's direction at an angle a to the axis is proportional to ``exp(unevenness cos(a)**2)``:
+        above 0 views along the axis are preferred, below 0 views from the side.
+    missing_cone : float
+        In degrees: no beam is further than 90 minus so many from the axis, so that of the transform a cone of this half
+        angle about it is never seen.
+    axis : (x, y, z), optional
+        Drawn at random by default.
+    """
+
+    unevenness: float = 0.0
+    missing_cone: float = 0.0
+    axis: tuple[float, float, float] | None = None
+
+    @property
+    def are_even(self) -> bool:
+        """Whether all directions are alike."""
+        return self.unevenness == 0 and self.missing_cone == 0
+
+    def draw(self, n: int, *, rng: np.random.Generator) -> Doubles:
+        """Draw `n` rotations, as matrices (n, 3, 3)."""
+        if self.are_even:
+            return random_rotations(n, rng=rng)
+        axis = rng.standard_normal(3) if self.axis is None else np.asarray(self.axis, dtype=np.float64)
+        axis = axis / np.linalg.norm(axis)
+        least = np.sin(np.deg2rad(self.missing_cone))
+        most = max(self.unevenness, 0.0)  # of the exponent
+        found: list[Doubles] = []
+        while sum(map(len, found)) < n:
+            many = random_rotations(20 * n, rng=rng)
+            along = np.abs(many[:, 2] @ axis)
+            kept = rng.random(len(many)) < np.exp(self.unevenness * along**2 - most)
+            found.append(many[kept & (along >= least)])
+        return np.concatenate(found)[:n]
+
+
+EVEN = Views()
 
 
 def perturb(matrices: Doubles, degrees: float, *, rng: np.random.Generator) -> Doubles:

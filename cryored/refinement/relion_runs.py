@@ -24,7 +24,7 @@ from cryored.files.output import write_text
 from cryored.maps.mask import soft_mask
 from cryored.refinement.mailbox import PRESENCE
 from cryored.refinement.red_update import DENOISED
-from cryored.simulation.density import MapOptions, simulate_map_file
+from cryored.simulation.map_of_model import MapOptions, simulate_map_file
 from cryored.simulation.particles import ParticleOptions, simulate_particles_file
 from cryored.simulation.structure import read_atoms
 

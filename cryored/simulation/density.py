@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import dataclass
-
 import gemmi
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +9,9 @@ import scipy.constants
 import scipy.fft
 
 from cryored.errors import InputError
-from cryored.files.output import check_target
 from cryored.maps.fourier import Complexes, frequencies, half_frequencies, inverse, spatial_frequency
-from cryored.maps.volume import Floats, Volume, window
-from cryored.simulation.structure import Atoms, box_for, check_fits, read_atoms
+from cryored.maps.volume import Floats, Volume
+from cryored.simulation.structure import Atoms
 
 _OVERSAMPLING = 2  # atoms are put on a grid this much finer, so that aliases stay near 1 % (gaussian)
 _ALIAS = 1e-4  # and near this (potential)
@@ -24,8 +19,6 @@ _CUTOFF = 1e-6  # density (1/A**2) at which gemmi ends an atom: errors of some 1
 
 # Potential (V) of a unit of scattering-length density (1/A**2): h**2 / (2 pi m e), CODATA; 47.878 V A**2.
 VOLT = scipy.constants.h**2 / (2 * np.pi * scipy.constants.m_e * scipy.constants.e) * 1e20
-
-logger = logging.getLogger(__name__)
 
 
 def gaussian_transform(atoms: Atoms, box: int, angpix: float, resolution: float) -> npt.NDArray[np.complex64]:
@@ -148,112 +141,6 @@ def check_scattering(atoms: Atoms, name: str) -> None:
     beyond = [element.name for element in elements if element.c4322 is None]
     if beyond:
         raise InputError(f"{name}: no electron scattering factors of {', '.join(beyond)}; use --method gaussian")
-
-
-METHODS = {"gaussian": gaussian_map, "potential": potential_map}
-
-
-@dataclass(frozen=True)
-class MapOptions:
-    """How a map is made of an atomic model.
-
-    Parameters
-    ----------
-    box, angpix, resolution
-        See `gaussian_transform` and `potential_transform`.
-    method : {"gaussian", "potential"}
-    chains, assembly, waters, hydrogens
-        What of the structure to take, see `read_atoms`.
-    like : str, optional
-        MRC file: the map gets its box, voxel size, origin and nstart, and the atoms stay where they are in its frame.
-    centre : bool
-        Move the molecule's centre of mass to the centre of the box; else its coordinates count from the first voxel,
-        as those of deposited models do. Without a meaning with `like`.
-    overwrite : bool
-        Whether an existing output may be replaced.
-    """
-
-    box: int = 96
-    angpix: float = 1.5
-    resolution: float = 3.0
-    method: str = "gaussian"
-    chains: tuple[str, ...] = ()
-    assembly: str | None = None
-    waters: bool = False
-    hydrogens: bool = False
-    like: str | None = None
-    centre: bool = True
-    overwrite: bool = False
-
-
-def simulate_map_file(structure: str, output: str, options: MapOptions) -> None:
-    """Write the density of an atomic model as a map.
-
-    Parameters
-    ----------
-    structure, output : str
-        PDB or mmCIF file; MRC file or "-".
-    options : MapOptions
-
-    Raises
-    ------
-    InputError
-        A structure that cannot be used or does not fit the box.
-    OutputError
-        The map cannot be written.
-    """
-    from cryored.files.mrc import write_volume
-
-    check_target(output, options.overwrite)
-    centre = options.centre and options.like is None
-    atoms = read_atoms(
-        structure,
-        options.chains,
-        assembly=options.assembly,
-        waters=options.waters,
-        hydrogens=options.hydrogens,
-        centre=centre,
-    )
-    extent = np.ptp(atoms.positions, axis=0)
-    mass = atoms.masses.sum() / 1000
-    logger.info("%s: %d atoms, %.1f kDa, %.0f x %.0f x %.0f A", structure, len(atoms.weights), mass, *extent)
-    if options.method == "potential":
-        check_scattering(atoms, structure)
-    volume = _like(atoms, structure, options) if options.like is not None else _boxed(atoms, structure, options)
-    label = f"simulate map {options.method} {options.resolution:g} A {os.path.basename(structure)}"
-    write_volume(output, volume, label=label)
-
-
-def _boxed(atoms: Atoms, name: str, options: MapOptions) -> Volume:
-    if not options.centre:
-        # From the first voxel instead of the centre.
-        atoms = atoms.moved(np.eye(3), -float(options.box // 2) * options.angpix)
-    check_fits(atoms, options.box, options.angpix, name)
-    return METHODS[options.method](atoms, options.box, options.angpix, options.resolution)
-
-
-def _like(atoms: Atoms, name: str, options: MapOptions) -> Volume:
-    """Return the map on the grid of another; atoms beyond its faces are left out."""
-    from cryored.files.mrc import read_volume
-
-    grid = read_volume(str(options.like))
-    if grid.voxel_size <= 0:
-        raise InputError(f"{options.like}: pixel size 0 (unknown) in the header, expected angstrom")
-    # ORIGIN is the place of the first voxel where it is set, else NSTART is.
-    start = np.array(grid.origin if any(grid.origin) else np.multiply(grid.nstart, grid.voxel_size))
-    edges = np.array(grid.shape[::-1])
-    atoms = atoms.moved(np.eye(3), -(start + edges // 2 * grid.voxel_size))
-    outside = int(np.any(np.abs(atoms.positions) > edges / 2 * grid.voxel_size, axis=1).sum())
-    if outside == len(atoms.positions):
-        raise InputError(
-            f"{name}: all atoms lie outside {options.like}, expected the model in the map's frame; leave --like out to "
-            "centre it"
-        )
-    if outside:
-        logger.warning("%s: %d of %d atoms lie outside %s", name, outside, len(atoms.positions), options.like)
-    box = max(int(edges.max()) + int(edges.max()) % 2, box_for(atoms, grid.voxel_size))
-    made = METHODS[options.method](atoms, box, grid.voxel_size, options.resolution)
-    return grid.with_data(window(made.data, grid.shape))
 
 
 def _cropped_transform(grid: npt.NDArray[np.float32], box: int) -> Complexes:

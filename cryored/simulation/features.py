@@ -5,6 +5,7 @@
 - Blurred density outside the model: glycans on the surface, a micelle or nanodisc around a belt.
 - The contrast of the solvent, which weakens the lowest resolutions (Jiang & Brunger 1994, J Mol Biol 243, 100-115).
 - A fall-off of the amplitudes as a whole.
+- Views that prefer or avoid an axis, up to a cone of the transform that nobody has seen.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from cryored.maps.fourier import forward, inverse, spatial_frequency
+from cryored.reconstruction.projection import EVEN, Views
 from cryored.simulation.density import gaussian_transform
 from cryored.simulation.pair_table import Array
 from cryored.simulation.structure import Atoms
@@ -66,6 +68,15 @@ def draw_features(*, rng: np.random.Generator) -> Features:
         belt=float(rng.uniform(0.3, 0.9)) if rng.random() < 0.15 else 0.0,
         solvent=float(rng.uniform(0.1, 0.7)) if rng.random() < 0.5 else 0.0,
         solvent_bfactor=float(rng.uniform(150, 900)),
+    )
+
+
+def draw_views(*, rng: np.random.Generator) -> Views:
+    """Draw: half of the data sets see all sides alike, the others prefer or avoid an axis, some leave a cone out."""
+    if rng.random() < 0.5:
+        return EVEN
+    return Views(
+        unevenness=float(rng.uniform(-4, 4)), missing_cone=float(rng.uniform(5, 35)) if rng.random() < 0.3 else 0.0
     )
 
 

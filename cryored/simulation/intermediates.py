@@ -24,9 +24,10 @@ from cryored.maps.fsc import nominal_resolution
 from cryored.maps.truth_scale import grey_scale, reliable_shells
 from cryored.maps.volume import soft_sphere
 from cryored.reconstruction.back_projection import BackProjector, half_map_correlation
-from cryored.reconstruction.projection import Doubles, Projector, Singles, ctf, perturb, random_rotations, shift_phases
+from cryored.reconstruction.projection import EVEN, Doubles, Projector, Singles, Views, ctf, perturb, shift_phases
 from cryored.reconstruction.update import Accumulators, Shells, reconstruct
 from cryored.simulation.density import gaussian_map
+from cryored.simulation.features import draw_features, draw_views, featured_map
 from cryored.simulation.gaussian import turned
 from cryored.simulation.pair_table import Array, Pair
 from cryored.simulation.structure import Atoms
@@ -112,13 +113,36 @@ def intermediate_pairs(
     InputError
         The box is odd, or the molecule does not fit it.
     """
-    if box % 2:
-        raise InputError(f"box {box}, expected an even number, as RELION refines; use --box {box + 1}")
+    _check_box(box)
     molecule = turned(atoms, box * angpix, rng)
     truth = gaussian_map(molecule, box, angpix, resolution).data
+    yield from _refined(truth, molecule, angpix, EVEN, rng)
+
+
+def featured_pairs(
+    atoms: Atoms, box: int, angpix: float, resolution: float, *, rng: np.random.Generator
+) -> Iterator[tuple[Pair, Pair]]:
+    """Yield what `intermediate_pairs` does, of density with the features of real maps, seen unevenly.
+
+    Draws of `cryored.simulation.features`.
+    """
+    _check_box(box)
+    molecule = turned(atoms, box * angpix, rng)
+    truth = featured_map(molecule, box, angpix, resolution, draw_features(rng=rng), rng=rng)
+    yield from _refined(truth, molecule, angpix, draw_views(rng=rng), rng)
+
+
+def _check_box(box: int) -> None:
+    if box % 2:
+        raise InputError(f"box {box}, expected an even number, as RELION refines; use --box {box + 1}")
+
+
+def _refined(
+    truth: Array, molecule: Atoms, angpix: float, views: Views, rng: np.random.Generator
+) -> Iterator[tuple[Pair, Pair]]:
     extent = 2 * float(np.linalg.norm(molecule.positions, axis=1).max()) + 10.0
     experiment = draw_experiment(rng=rng)
-    for intermediate in trajectory(truth, angpix, experiment, diameter=extent, rng=rng):
+    for intermediate in trajectory(truth, angpix, experiment, diameter=extent, views=views, rng=rng):
         yield pairs_of(intermediate, truth, angpix)
 
 
@@ -148,6 +172,7 @@ def trajectory(
     *,
     diameter: float,
     iterations: int = 12,
+    views: Views = EVEN,
     rng: np.random.Generator,
 ) -> Iterator[Intermediate]:
     """Refine an experiment and yield each iteration.
@@ -162,9 +187,10 @@ def trajectory(
         Of the spherical mask on the references, in angstrom.
     iterations : int
         At most; fewer where the resolution stays the same.
+    views : Views
     """
     box = len(truth)
-    halves = _make_halves(truth, angpix, experiment, rng)
+    halves = _make_halves(truth, angpix, experiment, views, rng)
     mask = soft_sphere(truth.shape, diameter / angpix / 2, 5.0)
     references = [low_pass(truth, angpix, experiment.ini_high)] * 2
     r_max = min(box // 2, round(box * angpix / experiment.ini_high) + INCREASE)
@@ -290,10 +316,12 @@ class _Half:
         return turns @ self._rotations[:, None], self._shifts[:, None] + shift * poses[..., 3:]
 
 
-def _make_halves(truth: Array, angpix: float, experiment: Experiment, rng: np.random.Generator) -> list[_Half]:
+def _make_halves(
+    truth: Array, angpix: float, experiment: Experiment, views: Views, rng: np.random.Generator
+) -> list[_Half]:
     box = len(truth)
     number = experiment.number
-    rotations = random_rotations(number, rng=rng)
+    rotations = views.draw(number, rng=rng)
     slices = Projector(truth).slices(rotations)
     defocus = rng.uniform(*experiment.defocus, size=number)
     transfer = ctf(box, angpix, defocus, defocus, 0.0, 300.0, 2.7, 0.1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 METHODS = {
     "gaussian": "cryored.simulation.gaussian:gaussian_pairs",
     "intermediates": "cryored.simulation.intermediates:intermediate_pairs",
+    "featured": "cryored.simulation.intermediates:featured_pairs",
 }
 
 

@@ -20,14 +20,15 @@ from cryored.files.star import Column, Table, write_star
 from cryored.maps.fourier import low_pass
 from cryored.maps.volume import Volume
 from cryored.reconstruction.projection import (
+    EVEN,
     Doubles,
     Projector,
     Singles,
+    Views,
     ctf,
     euler_angles,
     images,
     perturb,
-    random_rotations,
     shift_phases,
 )
 from cryored.simulation.noise import WHITE, draw_noise, noise_filter, read_spectrum
@@ -109,9 +110,10 @@ def draw_particles(
     *,
     shift: float,
     defocus_range: tuple[float, float] | None,
+    views: Views = EVEN,
     rng: np.random.Generator,
 ) -> Particles:
-    """Draw orientations uniformly on SO(3), normal shifts and uniform defocus.
+    """Draw orientations, normal shifts and uniform defocus.
 
     Parameters
     ----------
@@ -120,8 +122,10 @@ def draw_particles(
         Standard deviation of x and of y, in pixels.
     defocus_range : (float, float), optional
         Least and largest underfocus in angstrom.
+    views : Views
+        Uniform on SO(3) by default.
     """
-    rotations = random_rotations(number, rng=rng)
+    rotations = views.draw(number, rng=rng)
     origins = shift * rng.standard_normal((number, 2))
     defocus = None if defocus_range is None else rng.uniform(*defocus_range, size=number)
     return Particles(rotations, origins, defocus)
@@ -197,6 +201,8 @@ class ParticleOptions:
         Least and largest underfocus in micrometre; uniform in between, no astigmatism.
     microscope : Microscope
         The STAR files need it with or without CTF.
+    views : Views
+        From where they are seen; an axis that is not given is drawn.
     shift : float
         Standard deviation, in pixels, of the particles' x and y about the centre of the image.
     perturb_angles : float
@@ -227,6 +233,7 @@ class ParticleOptions:
     apply_ctf: bool = True
     defocus_range: tuple[float, float] = (0.2, 2.0)
     microscope: Microscope = field(default_factory=Microscope)
+    views: Views = EVEN
     shift: float = 0.0
     perturb_angles: float = 0.0
     ini_high: float = 30.0
@@ -320,7 +327,13 @@ def simulate_particles_file(
     draw, disturb, noise_seeds = np.random.SeedSequence(options.seed).spawn(3)
     low, high = options.defocus_range
     angstrom = (1e4 * low, 1e4 * high) if options.apply_ctf else None
-    truth = draw_particles(options.number, shift=options.shift, defocus_range=angstrom, rng=np.random.default_rng(draw))
+    truth = draw_particles(
+        options.number,
+        shift=options.shift,
+        defocus_range=angstrom,
+        views=options.views,
+        rng=np.random.default_rng(draw),
+    )
     rotations = perturb(truth.rotations, options.perturb_angles, rng=np.random.default_rng(disturb))
     start = Particles(rotations, np.zeros_like(truth.origins), truth.defocus)
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cryored.maps.fourier import frequencies
 from cryored.maps.fsc import nominal_resolution
 from cryored.maps.volume import soft_sphere, squared_distance
-from cryored.reconstruction.projection import perturb, random_rotations
+from cryored.reconstruction.projection import EVEN, Views, perturb
 from cryored.simulation.intermediates import (
     INCREASE,
     JOIN,
@@ -121,7 +121,7 @@ class Refiner:
         experiment: Experiment,
         *,
         diameter: float,
-        unevenness: float = 0.0,
+        views: Views = EVEN,
         iterations: int = 12,
         rng: np.random.Generator,
     ) -> Iterator[Iteration]:
@@ -137,8 +137,7 @@ class Refiner:
             Its `pad` does not count.
         diameter : float
             Of the spherical mask on the references, in angstrom.
-        unevenness : float
-            Of the views: an axis is preferred (above 0) or avoided (below); 0 is evenly spread.
+        views : Views
         iterations : int
             At most.
         rng : numpy.random.Generator
@@ -146,7 +145,7 @@ class Refiner:
         from keras import ops
 
         box, length = self._box, self._box * self._voxel_size
-        particles = self._particles(truth, experiment, unevenness, rng)
+        particles = self._particles(truth, experiment, views, rng)
         mask = ops.convert_to_tensor(soft_sphere((box,) * 3, diameter / self._voxel_size / 2, 5.0))
         cutoff = ops.cast(self._radius < length / experiment.ini_high, "float32")[:, None]
         first = self.inverse(self.forward(start) * cutoff)
@@ -269,25 +268,8 @@ class Refiner:
             maps.append(self.inverse(sums[:, :2] * (inside / denominator)[:, None]) * self._gridding * self._sphere)
         return maps[0], maps[1]
 
-    def _particles(
-        self, truth: Tensor, experiment: Experiment, unevenness: float, rng: np.random.Generator
-    ) -> _Particles:
-        rotations = uneven_rotations(experiment.number, unevenness, rng=rng)
-        return _Particles(self, truth, rotations, experiment, rng)
-
-
-def uneven_rotations(number: int, unevenness: float, *, rng: np.random.Generator) -> Doubles:
-    """Draw rotations (number, 3, 3) whose beams prefer (above 0) or avoid (below 0) a random axis.
-
-    The density of a beam's direction at an angle a to the axis is proportional to ``exp(unevenness cos(a)**2)``.
-    """
-    if unevenness == 0:
-        return random_rotations(number, rng=rng)
-    axis = rng.standard_normal(3)
-    axis /= np.linalg.norm(axis)
-    many = random_rotations(20 * number, rng=rng)
-    density = np.exp(unevenness * (many[:, 2] @ axis) ** 2)
-    return many[rng.choice(len(many), number, replace=False, p=density / density.sum())]
+    def _particles(self, truth: Tensor, experiment: Experiment, views: Views, rng: np.random.Generator) -> _Particles:
+        return _Particles(self, truth, views.draw(experiment.number, rng=rng), experiment, rng)
 
 
 class _Particles:

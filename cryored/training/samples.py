@@ -21,7 +21,8 @@ import numpy.typing as npt
 from cryored.maps.network_scale import standard_of
 from cryored.prior.denoiser import cube_rotations
 from cryored.prior.network import condition
-from cryored.simulation.features import Features, draw_features, featured_map
+from cryored.reconstruction.projection import EVEN
+from cryored.simulation.features import Features, draw_features, draw_views, featured_map
 from cryored.simulation.gaussian import turned
 from cryored.simulation.intermediates import Experiment
 from cryored.simulation.structure import Atoms, read_atoms
@@ -162,12 +163,10 @@ class Samples:
         for name, data, diameter in self._densities:
             truth = ops.convert_to_tensor(data)
             start = truth if before is None or self._plain else self._wrong_start(truth, before)
-            uneven = 0.0 if self._plain or self._rng.random() < 0.5 else float(self._rng.uniform(-4, 4))
+            views = EVEN if self._plain else draw_views(rng=self._rng)
             experiment = draw_experiment(rng=self._rng)
             self.refinements += 1
-            for iteration in self._refiner.run(
-                truth, start, experiment, diameter=diameter, unevenness=uneven, rng=self._rng
-            ):
+            for iteration in self._refiner.run(truth, start, experiment, diameter=diameter, views=views, rng=self._rng):
                 if np.isfinite(iteration.resolution):
                     yield self._samples(name, truth, iteration)
             before = truth
