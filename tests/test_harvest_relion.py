@@ -119,6 +119,37 @@ def calls(folder):
     return len(Path(folder, "calls").read_text()) // len("run/run")
 
 
+@pytest.mark.slow
+def test_a_cluster_does_what_one_machine_does(structures, relion, tmp_path):
+    """Workers in another folder; a structure that fails does not stop the others, and a finished one is left alone."""
+    distributed = pytest.importorskip("distributed")
+    Path("bad.pdb").write_text("END\n")
+    assert program(*structures, "-o", "here", *SMALL).exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", local_directory=str(tmp_path / "elsewhere")
+    ) as cluster:
+        words = (*structures, "bad.pdb", "-o", "there", *SMALL, "--scheduler", cluster.scheduler_address)
+        done = program(*words)
+        assert done.exit_code == 0, done.output
+        assert "bad_snr0.02 failed: " in done.stderr
+        again = program(*words)
+        assert again.stdout == done.stdout
+    tables = [Path(line) for line in done.stdout.splitlines()]
+    assert [table.parts[:2] for table in tables] == [("there", "6M2B_snr0.15"), ("there", "half_snr0.06")]
+    for table in tables:
+        assert calls(table.parents[1]) == 1
+        here = Path("here", *table.parts[1:])
+        for mine, theirs in zip(read_pairs(table), read_pairs(here), strict=True):
+            np.testing.assert_array_equal(read_volume(mine.noisy).data, read_volume(theirs.noisy).data)
+
+
+def test_jobs_and_a_scheduler_exclude_each_other():
+    done = program("a.pdb", "-o", "out", "--jobs", 2, "--scheduler", "tcp://a:1")
+    assert done.exit_code == 2
+    assert "--jobs and --scheduler exclude each other" in done.stderr
+
+
 # The plan
 
 

@@ -13,12 +13,13 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cryored.cli import Program, options, run_program
+from cryored.cli.progress import bar
 from cryored.errors import CryoredError
 from cryored.files.output import write_text
 from cryored.refinement.relion_runs import check_relion
 from paper.plan import CELLS, RUNS, SCALES, parse_cells, parse_runs
 from paper.results import check, format_table, report, table_rows
-from paper.work import Experiment, do_all
+from paper.work import Experiment, do_all, do_on_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,12 @@ logger = logging.getLogger("cryored.paper")
 @options.seed
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells at a time.")
 @click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Dask scheduler whose workers do a cell at a time each; start them with --nthreads 1, RELION, these folders "
+    "under the same paths, and PYTHONPATH=benchmarks.",
+)
+@click.option(
     "--hook",
     type=click.Choice(["cold", "watch"]),
     default="watch",
@@ -68,6 +75,7 @@ def paper(
     structures: Path,
     seed: int,
     jobs: int,
+    scheduler: str | None,
     hook: str,
     relion: str,
     status: bool,
@@ -108,10 +116,15 @@ def paper(
             click.echo(f"{cell}\t" + ", ".join(states))
         return
     if does_runs:
-        check_relion()
+        if scheduler is None:
+            check_relion()
         for name in names:
             experiment.method(RUNS[name])  # a model that is missing shows now, not in hours
-        failed = do_all(experiment, chosen, names, jobs)
+        if scheduler is None:
+            failed = do_all(experiment, chosen, names, jobs)
+        else:
+            with bar("cells", len(chosen)) as advance:
+                failed = do_on_cluster(experiment, chosen, names, scheduler, advance)
         for label, reason in failed.items():
             logger.warning("%s failed: %s", label, reason)
         if failed:

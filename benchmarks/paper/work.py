@@ -52,6 +52,7 @@ from cryored.refinement.relion_runs import (
 )
 from cryored.simulation.harvest import HarvestOptions, harvest_files
 from cryored.simulation.pair_table import read_pairs
+from cryored.simulation.workers import run_tasks
 from cryored.training.evaluation import judge, load_pair, shown, weigh
 from paper.measure import Record, measure, measure_refinement, picture, rounded, swapped_correlation
 from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
@@ -408,15 +409,42 @@ def _substitute(data: Data, model: str, seed: int) -> Record:
     return {"start": found.start, "curves": {name: rounded(curve) for name, curve in curves.items()}}
 
 
+def do_on_cluster(
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    scheduler: str,
+    progress: Callable[[int, int], None],
+) -> dict[str, str]:
+    """Do what is not done yet on the workers of a Dask scheduler, a cell at a time each; return why runs failed.
+
+    The workers have RELION, the folders under the same paths, and this package on their PYTHONPATH.
+    """
+    todo = [cell for cell in cells if _missing(experiment, cell, names)]
+    found = run_tasks(partial(_do_cell, experiment, names), todo, scheduler=scheduler, progress=progress)
+    return {label: reason for failed in found for label, reason in failed.items()}
+
+
+def _missing(experiment: Experiment, cell: Cell, names: Sequence[str]) -> list[str]:
+    return [name for name in names if RUNS[name].belongs_to(cell) and experiment.state(cell, name) != "done"]
+
+
+def _do_cell(experiment: Experiment, names: Sequence[str], cell: Cell) -> dict[str, str]:
+    failed = {}
+    for name in _missing(experiment, cell, names):
+        try:
+            do_run(experiment, cell, name)
+        except (CryoredError, OSError, MemoryError) as error:
+            failed[f"{cell} {name}"] = str(error) or "not enough memory"
+    return failed
+
+
 def do_all(experiment: Experiment, cells: Sequence[Cell], names: Sequence[str], jobs: int) -> dict[str, str]:
     """Do what is not done yet, several cells at a time; return why runs failed, by name.
 
     On Control-C the refinements under way are ended and no other is begun.
     """
-    todo = {
-        cell: [name for name in names if RUNS[name].belongs_to(cell) and experiment.state(cell, name) != "done"]
-        for cell in cells
-    }
+    todo = {cell: _missing(experiment, cell, names) for cell in cells}
     stop = threading.Event()
     failed: dict[str, str] = {}
     with Display(sum(map(len, todo.values())), jobs) as display:

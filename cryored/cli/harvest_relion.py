@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from cryored import __version__
 from cryored.cli import Program, options, run_program
@@ -83,6 +84,12 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
     help="Refinements at a time, of two working processes each.",
 )
 @click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Dask scheduler (tcp://host:8786) whose workers refine, each one structure at a time with --nthreads 1; they "
+    "need RELION, and DIR and the structures under the same paths.",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=120.0,
@@ -107,6 +114,7 @@ def harvest_relion(
     part: str,
     shard: tuple[int, int],
     jobs: int,
+    scheduler: str | None,
     timeout: float,
     keep: bool,
     float16: bool,
@@ -117,7 +125,12 @@ def harvest_relion(
     and pairs/pairs.star, a pair for each half of each iteration. The names of these tables are printed. Run again, it
     goes on where it was interrupted; a structure that fails does not stop the others.
     """
-    from cryored.refinement.harvest_relion import Options, plan, run_all, signals_interrupt
+    jobs_given = click.get_current_context().get_parameter_source("jobs") is not ParameterSource.DEFAULT
+    if scheduler is not None and jobs_given:
+        raise click.UsageError("--jobs and --scheduler exclude each other.")
+
+    from cryored.cli.progress import bar
+    from cryored.refinement.harvest_relion import Options, plan, run_all, run_on_cluster, signals_interrupt
     from cryored.refinement.relion_runs import check_relion
     from cryored.simulation.split import check_split
 
@@ -137,10 +150,15 @@ def harvest_relion(
     finished = sum(task.table.exists() for task in tasks)
     if finished:
         logger.info("%d of %d refinements were finished before", finished, len(tasks))
-    if finished < len(tasks):
+    if finished < len(tasks) and scheduler is None:
         check_relion()
-    with signals_interrupt():
-        failed = run_all(tasks, Options(float16, keep, 60 * timeout, manifest, part), jobs)
+    chosen = Options(float16, keep, 60 * timeout, manifest, part)
+    if scheduler is not None:
+        with bar("refinements", len(tasks)) as advance:
+            failed = run_on_cluster(tasks, chosen, scheduler, advance)
+    else:
+        with signals_interrupt():
+            failed = run_all(tasks, chosen, jobs)
     for task in tasks:
         if task.label in failed:
             logger.warning("%s failed: %s", task.label, failed[task.label])

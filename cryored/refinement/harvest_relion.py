@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -11,11 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from cryored.errors import CryoredError, InputError
+from cryored.simulation.workers import run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -302,6 +305,40 @@ def run_all(tasks: Sequence[Task], opts: Options, jobs: int) -> dict[str, str]:
                 pool.shutdown(cancel_futures=True)
                 raise
     return failed
+
+
+def run_on_cluster(
+    tasks: Sequence[Task], opts: Options, scheduler: str, progress: Callable[[int, int], None]
+) -> dict[str, str]:
+    """Do tasks on the workers of a Dask scheduler; return why those that failed did, by label.
+
+    Parameters
+    ----------
+    tasks, opts
+        See `run_all`. The workers see the tasks' folders under the same paths, and have RELION.
+    scheduler : str
+        As ``tcp://host:8786``.
+    progress : callable
+        Is told how many tasks are done, and of how many.
+
+    Raises
+    ------
+    CryoredError
+        The scheduler does not answer, or loses its workers.
+    """
+    # The workers have other current folders.
+    there = [replace(task, path=os.path.abspath(task.path), folder=task.folder.absolute()) for task in tasks]
+    reasons = run_tasks(partial(_try_task, opts), there, scheduler=scheduler, progress=progress)
+    return {task.label: reason for task, reason in zip(tasks, reasons, strict=True) if reason}
+
+
+def _try_task(opts: Options, task: Task) -> str:
+    """Do a task; return why it failed, or nothing."""
+    try:
+        do_task(task, opts, lambda number: None, threading.Event())
+    except (CryoredError, OSError, MemoryError) as error:
+        return str(error) or "not enough memory"
+    return ""
 
 
 @contextmanager

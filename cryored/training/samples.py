@@ -133,6 +133,12 @@ def draw_experiment(*, rng: np.random.Generator) -> Experiment:
     )
 
 
+def determined_share(fsc: Doubles) -> Doubles:
+    """Return what of the truth in each shell is the target, by the half-maps' FSC: 1 where the data determine it."""
+    smooth = np.convolve(np.pad(np.clip(fsc, 0, 1), 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid")
+    return np.clip(smooth / _DETERMINED, 0.0, 1.0) * (fsc != 0)
+
+
 class Samples:
     """Samples of refinements, without end.
 
@@ -190,8 +196,7 @@ class Samples:
 
     def _samples(self, name: str, truth: Tensor, iteration: Iteration) -> list[Sample]:
         fsc = iteration.fsc
-        smooth = np.convolve(np.pad(np.clip(fsc, 0, 1), 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid")
-        determined = np.clip(smooth / _DETERMINED, 0.0, 1.0) * (fsc != 0)
+        determined = determined_share(fsc)
         result = []
         for half in iteration.halves:
             rng = self._rng
