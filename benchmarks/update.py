@@ -38,7 +38,7 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 
 
-def write_request(folder: Path, box: int, pad: int) -> float:
+def write_request(folder: Path, box: int, pad: int, angpix: float = 1.5) -> float:
     """Write a request of random data with a smooth weight; return the size of its arrays in MiB."""
     import mrcfile
 
@@ -70,7 +70,7 @@ def write_request(folder: Path, box: int, pad: int) -> float:
         "rlnReferenceDimensionality": 3,
         "rlnOriginalImageSize": box,
         "rlnCurrentImageSize": box,
-        "rlnPixelSize": 1.5,
+        "rlnPixelSize": angpix,
     }
     tables = {
         "rlnSpectralIndex": shells,

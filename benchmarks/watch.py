@@ -52,9 +52,9 @@ class Order:
     declined = failed
 
 
-def write_halves(folder: Path, box: int, pad: int) -> None:
+def write_halves(folder: Path, box: int, pad: int, angpix: float = 1.5) -> None:
     """Write the requests of both halves, of the same data."""
-    write_request(folder, box, pad)
+    write_request(folder, box, pad, angpix)
     for path in folder.glob(f"{HALVES[0]}*"):
         other = path.with_name(path.name.replace("half1", "half2"))
         if path.suffix == ".star":
