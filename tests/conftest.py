@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import logging
+
 import pytest
 
 
@@ -7,6 +9,15 @@ def pytest_collection_modifyitems(items):
     """Begin with the files in which RELION refines, so that these do not come last where files run side by side."""
     long = {item.path for item in items if item.get_closest_marker("relion") and item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log():
+    """The log as it is before a command has set it up: a test's -q would silence the next test's warnings."""
+    logger = logging.getLogger("cryored")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture

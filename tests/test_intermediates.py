@@ -12,7 +12,7 @@ from cryored.errors import InputError
 from cryored.files.requests import read_request_file
 from cryored.maps.fourier import apply_shells
 from cryored.maps.fsc import shell_correlation
-from cryored.reconstruction.projection import angular_distance, random_rotations
+from cryored.reconstruction.projection import Views, angular_distance, random_rotations
 from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import inverse_prior, reconstruct
 from cryored.simulation import intermediates
@@ -48,7 +48,7 @@ def pose_errors(monkeypatch, truth, experiment):
     """Return root mean square angles (degrees) and shifts (pixels) to the truth, before and after refining."""
     true, seen = [], []
 
-    def drawn(number, *, rng):
+    def drawn(views, number, *, rng):
         true.append(random_rotations(number, rng=rng))
         return true[0]
 
@@ -59,7 +59,7 @@ def pose_errors(monkeypatch, truth, experiment):
             starts.append((self._rotations, self._shifts))
 
     starts = []
-    monkeypatch.setattr(intermediates, "random_rotations", drawn)
+    monkeypatch.setattr(Views, "draw", drawn)
     monkeypatch.setattr(intermediates, "_Half", Spy)
     refine(truth, experiment)
 
