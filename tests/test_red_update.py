@@ -292,6 +292,23 @@ def test_class3d_by_the_estimated_fsc(project):
     assert difference(read_volume(job.result).data, job.expected("map")) <= FLOAT32
 
 
+def test_a_class_of_few_particles_is_map(project):
+    """B and K of a thousandth of the particles determine no shell, and the prior stays out of it."""
+    job = project(*CLASS3D)
+    for path in job.arrays:
+        with mrcfile.mmap(path, "r+", permissive=True) as mrc:
+            mrc.data[:] /= 1000
+    assert job.run("--lambda", 0).exit_code == 0
+    plain = read_volume(job.result).data
+    write_volume("ones.mrc", Volume(np.ones(plain.shape, np.float32), 3.0), label="test")
+    assert job.run("--denoised", "ones.mrc").exit_code == 0
+    np.testing.assert_array_equal(read_volume(job.result).data, plain)
+    *_, record = job.records()
+    assert record["fsc"] == "estimated from tau2 and K"
+    assert record["lambda"] == 0
+    assert record["nominal_resolution"] is None or record["nominal_resolution"] > 18
+
+
 def test_what_it_takes_is_told_beforehand(project):
     job = project()
     plain, prior = (json.loads(job.run("--check", "--lambda", lam).stdout)["expected"] for lam in (0, 1))
