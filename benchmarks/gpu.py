@@ -452,10 +452,10 @@ def run_short(book: Book, name: str, shape: tuple[int, ...], limit: float) -> Ro
     if whole is not None:
         row["difference_from_one_pass"] = difference(result.data, whole.data)
     with device.cpu() if on_cpu else nullcontext():
-        wanted = Denoiser(model, tile=denoiser.tile)(volume)
+        wanted = Denoiser(model, tile=denoiser.edge)(volume)
     apart = difference(result.data, wanted.data)
-    smaller = denoiser.tile < shape[0] + 32
-    row |= {"tile": denoiser.tile, "device": denoiser.device_name, "warnings": notes.messages}
+    smaller = denoiser.edge < shape[0] + 32
+    row |= {"tile": denoiser.edge, "device": denoiser.device_name, "warnings": notes.messages}
     row["as_expected"] = on_cpu if name == "the CPU" else smaller and not on_cpu
     return row | {"difference": apart, "bound": 1e-4, "within": apart <= 1e-4}
 
@@ -469,7 +469,7 @@ def denoise(book: Book, box: int, tile: int) -> Row:
     denoiser = Denoiser(find_model(MODEL), tile=tile)
     denoiser.load()
     first = timed(lambda: denoiser(volume))
-    return {"first_s": rounded(first), "warm_s": book.warm(lambda: denoiser(volume), 5), "tile_after": denoiser.tile}
+    return {"first_s": rounded(first), "warm_s": book.warm(lambda: denoiser(volume), 5), "tile_after": denoiser.edge}
 
 
 def stage_tiles(book: Book) -> None:
@@ -481,9 +481,9 @@ def stage_tiles(book: Book) -> None:
 
 def stage_large(book: Book) -> None:
     """Denoise large boxes."""
-    from cryored.prior.denoiser import DEFAULT_TILE
+    from cryored.prior.denoiser import GPU_TILE
 
-    for box, tile in itertools.product(book.sizes.large, (DEFAULT_TILE, 256)):
+    for box, tile in itertools.product(book.sizes.large, (GPU_TILE, 256)):
         book.measure(f"box {box}, tile {tile}", functools.partial(denoise, book, box, tile))
 
 

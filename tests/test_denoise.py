@@ -688,7 +688,8 @@ def test_scarce_free_memory_makes_small_tiles_and_goes_on(monkeypatch, caplog):
     # A GPU has memory of its own.
     on_gpu = Denoiser(short_of_memory(monkeypatch, 10**9, "GPU H1"))
     on_gpu(blob(80, 1.5))
-    assert on_gpu.tile == 144
+    assert on_gpu.tile is None
+    assert on_gpu.edge == 144
 
 
 def test_other_failures_of_the_network_are_not_taken_for_memory(monkeypatch):

@@ -62,10 +62,9 @@ from cryored.files.output import is_stream
 @click.option(
     "--tile",
     type=click.IntRange(min=16),
-    default=144,
-    show_default=True,
     metavar="VOXELS",
-    help="Edge of the tiles, at the model's pixel size; smaller ones need less memory.",
+    help="Edge of the tiles, at the model's pixel size; smaller ones need less memory and more time.  [default: 208 on "
+    "a CPU, 144 on a GPU]",
 )
 @click.option("--force", is_flag=True, help="Insist on a map that the model is not made for, or that takes very long.")
 @options.device
@@ -87,7 +86,7 @@ def denoise(
     bfactor: float | Literal["auto"] | None,
     angpix: float | None,
     rotations: int,
-    tile: int,
+    tile: int | None,
     force: bool,
     gpu: bool | None,
     threads: int | None,

@@ -21,7 +21,7 @@ from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
 from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation, whole_set_fsc
 from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
-from cryored.prior.denoiser import DEFAULT_TILE, Denoiser, Progress, silent
+from cryored.prior.denoiser import Denoiser, Progress, silent
 from cryored.prior.falloff import guinier_bfactor, sharpened, sharpening
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
 
@@ -82,7 +82,7 @@ class DenoiseOptions:
     bfactor: float | Literal["auto"] | None = None
     angpix: float | None = None
     rotations: int = 1
-    tile: int = DEFAULT_TILE
+    tile: int | None = None
     gpu: bool | None = None
     threads: int | None = None
     force: bool = False

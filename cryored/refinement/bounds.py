@@ -95,14 +95,14 @@ def bounds(
         return Bounds(arrays, _PYTHON + half + requests * volume, _PYTHON + half + volume, seconds)
     card, on_gpu = denoiser.model.card, denoiser.on_gpu
     side = plan_axis(box, pixel_size, card.pixel_size).resampled
-    voxels = requests * tile_voxels((side,) * 3, denoiser.tile, card)
+    voxels = requests * tile_voxels((side,) * 3, denoiser.edge, card)
     seconds = seconds * (1 + _PRIOR) + network_seconds(card, voxels, gpu=on_gpu, threads=threads)
 
     def peak(together: int, tile: int) -> int:
         network = 0 if on_gpu else network_memory(card, (side,) * 3, tile, together)
         return ENGINE + together * 2 * volume + max(network, 2 * half + volume)
 
-    return Bounds(arrays, peak(requests, denoiser.tile), peak(1, smallest_tile(card)), seconds)
+    return Bounds(arrays, peak(requests, denoiser.edge), peak(1, smallest_tile(card)), seconds)
 
 
 def expect(request: Request, updater: Updater, requests: int = 1) -> Bounds:
