@@ -8,6 +8,8 @@ Everything is made here: the truth from an atomic model, particles with CTF and 
 - RELION's own half-map resolution.
 
     python benchmarks/refine.py STRUCTURE -o DIR [--variants map,cwred] [--watch] [--plot FILE.png]
+
+STRUCTURE may also be an MRC file, which is then the truth: a real map, prepared by benchmarks/real_truth.py.
 """
 
 from __future__ import annotations

@@ -222,6 +222,17 @@ def test_data_are_made_once_and_named_from_the_project_folder(tmp_path, monkeypa
 # Refinements by the stand-in
 
 
+def test_a_map_is_the_truth_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of_model = refinement.make_data(str(STRUCTURE), Path("model"), box=24, angpix=4.0, number=5)
+    of_map = refinement.make_data(str(of_model.truth), Path("map"), box=24, angpix=4.0, number=5)
+    np.testing.assert_array_equal(read_volume(of_map.truth).data, read_volume(of_model.truth).data)
+    assert of_map.stack.read_bytes()[1024:] == of_model.stack.read_bytes()[1024:]
+    assert of_map.diameter == pytest.approx(of_model.diameter, abs=12)
+    with pytest.raises(InputError, match="of 4 A, expected 32 cubed of 4 A"):
+        refinement.make_data(str(of_model.truth), Path("other"), box=32, angpix=4.0, number=5)
+
+
 def test_harvest(relion, structures):
     """One structure that cannot be read does not stop the others."""
     Path("broken.pdb").write_text("no atoms\n")

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cryored.errors import CryoredError
+from cryored.errors import CryoredError, InputError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import write_text
 from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Volume
 from cryored.refinement.mailbox import PRESENCE
 from cryored.refinement.red_update import DENOISED
 from cryored.simulation.map_of_model import MapOptions, simulate_map_file
@@ -44,6 +45,8 @@ GLOBAL_SEARCH = (
 MASK = "solvent_mask.mrc"  # in the folder of the run that it was made from
 _MASK_THRESHOLD = 0.2  # of the filtered map's peak; the solvent of a map at 15 A lies below
 
+_MAPS = (".mrc", ".map")
+_SAME_PIXEL = 0.01  # relative difference of pixel sizes that are one
 _POLL = 0.2  # seconds between looks at a running refinement
 _PATIENCE = 10.0  # seconds for mpirun to end its ranks before all are killed
 _WATCHERS_PATIENCE = 60.0  # seconds for a watcher to end
@@ -102,7 +105,7 @@ def make_data(
     Parameters
     ----------
     structure : str
-        A PDB or mmCIF file.
+        A PDB or mmCIF file, or an MRC file: a map that is the truth itself.
     folder : Path
         Made where it is missing.
     box, angpix : int, float
@@ -118,19 +121,37 @@ def make_data(
     Raises
     ------
     InputError
-        The structure cannot be read or does not fit the box.
+        The structure cannot be read or does not fit the box, or the map has another grid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    reach = float(np.linalg.norm(read_atoms(structure).positions, axis=1).max())
+    given = _given_map(structure, box, angpix) if Path(structure).suffix in _MAPS else None
+    if given is None:
+        reach = float(np.linalg.norm(read_atoms(structure).positions, axis=1).max())
+    else:
+        inside = np.argwhere(soft_mask(given).data > 0.5) - box // 2
+        reach = angpix * float(np.linalg.norm(inside, axis=1).max())
     data = Data(folder, box, angpix, min(2 * reach + _LEAST_MARGIN, 0.95 * box * angpix))
     if not ((folder / "particles_truth.star").exists() and data.stack.exists()):
-        simulate_map_file(structure, str(data.truth), MapOptions(box, angpix, 3.0, overwrite=True))
+        if given is None:
+            simulate_map_file(structure, str(data.truth), MapOptions(box, angpix, 3.0, overwrite=True))
+        else:
+            write_volume(str(data.truth), given, label=f"truth {Path(structure).name}")
         chosen = ParticleOptions(number, snr, perturb_angles=perturb, seed=seed, overwrite=True)
         simulate_particles_file(data.truth, data.stack.with_suffix(""), chosen)
         for path in (folder / "particles.star", folder / "particles_truth.star"):
             # The stack as seen from RELION's project folder, so that the folder can be moved.
             write_text(path, path.read_text().replace(f"@{data.stack}", f"@{data.stack.name}"))
     return data
+
+
+def _given_map(path: str, box: int, angpix: float) -> Volume:
+    volume = read_volume(path)
+    if volume.shape != (box,) * 3 or abs(volume.voxel_size / angpix - 1) > _SAME_PIXEL:
+        raise InputError(
+            f"{path}: {volume.shape} voxels (z, y, x) of {volume.voxel_size:g} A, expected {box} cubed of {angpix:g} "
+            "A; give its own box and pixel size"
+        )
+    return volume.with_voxel_size(angpix)
 
 
 def make_mask(data: Data, name: str) -> Path:
