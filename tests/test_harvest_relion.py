@@ -228,7 +228,7 @@ def test_a_map_is_the_truth_itself(tmp_path, monkeypatch):
     of_map = refinement.make_data(str(of_model.truth), Path("map"), box=24, angpix=4.0, number=5)
     np.testing.assert_array_equal(read_volume(of_map.truth).data, read_volume(of_model.truth).data)
     assert of_map.stack.read_bytes()[1024:] == of_model.stack.read_bytes()[1024:]
-    assert of_map.diameter == pytest.approx(of_model.diameter, abs=12)
+    assert 0 <= of_map.diameter - of_model.diameter < 20  # the mask is a little wider than the atoms
     with pytest.raises(InputError, match="of 4 A, expected 32 cubed of 4 A"):
         refinement.make_data(str(of_model.truth), Path("other"), box=32, angpix=4.0, number=5)
 
