@@ -14,7 +14,7 @@ from cryored.prior.models import ModelCard
 from cryored.threads import default_threads
 
 ENGINE = 750 << 20  # bytes of Python with TensorFlow and a network, before the first map
-_TILE = 30  # bytes for each voxel of a tile and feature of the first level
+_TILE = 34  # bytes for each voxel of a tile and feature of the first level
 _MAP = 50  # bytes for each voxel of a map at the model's pixel size
 _CPU = 5.0e-8  # core seconds for each voxel of the tiles and feature of the first level
 _GPU = 2.5e-9
