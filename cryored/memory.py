@@ -36,9 +36,9 @@ def free_memory(root: str = "/") -> int | None:
         except (OSError, ValueError):  # no such group, or "max"
             pass
     granted = os.environ.get("SLURM_MEM_PER_NODE", "")
-    if granted.isdigit():
+    if granted.isdigit() and int(granted):  # --mem=0 is the whole node
         found.append(int(granted) << 20)
     per_core, cores = (os.environ.get(name, "") for name in ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"))
-    if per_core.isdigit() and cores.isdigit():
+    if per_core.isdigit() and cores.isdigit() and int(per_core):
         found.append((int(per_core) << 20) * int(cores))
     return max(min(found), 0) if found else None

@@ -62,3 +62,6 @@ def test_slurms_grant(root, monkeypatch):
     assert free_memory(str(root)) == 8 * GIB
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")
     assert free_memory(str(root)) == 4 * GIB
+    monkeypatch.delenv("SLURM_MEM_PER_CPU")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")  # all that the node has
+    assert free_memory(str(root)) == 64 * GIB

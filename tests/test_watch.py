@@ -180,6 +180,7 @@ def test_the_halves_go_together_where_memory_allows(project, monkeypatch, free):
     lines = []
     monkeypatch.setattr(logging.getLogger("cryored.refinement.watcher"), "info", lambda *line: lines.append(line))
     monkeypatch.setattr("cryored.refinement.watcher.free_memory", lambda: free)
+    monkeypatch.setattr("cryored.refinement.watcher.memory_in_use", lambda: 0)
     together = []
     whole = Updater.denoise
     monkeypatch.setattr(Updater, "denoise", lambda self, maps: together.append(len(maps)) or whole(self, maps))

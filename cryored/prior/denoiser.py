@@ -252,14 +252,20 @@ class Denoiser:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the network has been loaded onto a GPU."""
+        """Whether the network runs on a GPU, as far as the device has been found."""
         return "GPU" in self._loaded_on
+
+    def find_device(self) -> str:
+        """Set up the device that the network will run on, and return its name."""
+        if not self._loaded_on:
+            self._loaded_on = device.set_up(self.gpu, self.threads)
+        return self._loaded_on
 
     def load(self) -> None:
         """Load the network now instead of at the first map."""
         if self._network is None:
             begin = time.monotonic()
-            self._loaded_on = device.set_up(self.gpu, self.threads)
+            self.find_device()
             self._network = load_network(self.model)
             logger.debug("%s loaded on %s in %.1f s", self.model.card.name, self._loaded_on, time.monotonic() - begin)
 

@@ -76,7 +76,7 @@ def bounds(
     pad : float
         Padding factor.
     denoiser : Denoiser or None
-        Its device counts as a CPU until it is loaded; None where lambda is 0.
+        Its device counts as a CPU until it is found; None where lambda is 0.
     pixel_size : float
         In angstrom.
     r_max : int
@@ -105,13 +105,22 @@ def bounds(
     return Bounds(arrays, peak(requests, denoiser.edge), peak(1, smallest_tile(card)), seconds)
 
 
-def expect(request: Request, updater: Updater, requests: int = 1) -> Bounds:
-    """Return what a request takes, or several like it together; see `bounds`."""
+def expect(request: Request, updater: Updater) -> Bounds:
+    """Return what a request takes; see `bounds`."""
     lam, _ = updater.weight(request)
+    return _bounds_of(request, updater, lam > 0, 1)
+
+
+def expect_at_most(request: Request, updater: Updater, requests: int) -> Bounds:
+    """Return what requests like this one take together at any resolution; it needs no FSC."""
+    return _bounds_of(request, updater, updater.settings.lam != 0, requests)
+
+
+def _bounds_of(request: Request, updater: Updater, with_prior: bool, requests: int) -> Bounds:
     return bounds(
         request.ori,
         request.pad,
-        updater.denoiser if lam > 0 else None,
+        updater.denoiser if with_prior else None,
         pixel_size=request.pixel_size,
         r_max=request.r_max,
         requests=requests,

@@ -264,6 +264,8 @@ def red_update_file(
         outputs = plan_outputs(job, request, updater, "red-update", files)
         if outputs.record["lambda"] > 0 or check:
             check_weights(found)
+        if check and outputs.record["lambda"] > 0:
+            updater.denoiser.find_device()
         expected = expect(request, updater)
         check_memory(expected, max_memory, job)
         sums = load_sums(request, settings.threads)

@@ -17,10 +17,11 @@ from cryored.errors import CryoredError, InputError, in_words
 from cryored.files.jobs import read_job
 from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
 from cryored.memory import free_memory
+from cryored.prior.budget import memory_in_use
 from cryored.prior.models import check_weights
 from cryored.prior.weights import ShellWeights
 from cryored.reconstruction.sums import load_sums, with_fsc
-from cryored.refinement.bounds import check_memory, expect
+from cryored.refinement.bounds import check_memory, expect, expect_at_most
 from cryored.refinement.mailbox import Inbox, Presence
 from cryored.refinement.red_update import AS_ASKED, DENOISED, ROOT, Files, Outputs, plan_outputs
 from cryored.refinement.report import Report, add_logged, check_report, run_state
@@ -105,7 +106,7 @@ class Server:
         self._updater = updater
         self._files = files
         self._show = show
-        self._told: set[tuple[int, float, bool]] = set()  # kinds of requests whose bounds were told
+        self._told: set[tuple[int, float]] = set()  # boxes and paddings whose bounds were told
 
     def serve(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
         """Answer orders together.
@@ -127,19 +128,21 @@ class Server:
         """Tell whether memory suffices for the halves together; say of a new box what it takes."""
         try:
             request = self._read(orders[0])
-            expected = expect(request, self._updater, 2)
-            shape = request.ori, request.pad, self._updater.weight(request)[0] > 0
+            expected = expect_at_most(request, self._updater, 2)
         except (CryoredError, OSError, ValueError):
             return True  # whoever answers it will say what is wrong
-        free = self._updater.denoiser.max_memory or free_memory()
-        together = free is None or expected.memory <= free
+        room, free = self._updater.denoiser.max_memory, free_memory()
+        if room is None and free is not None:
+            room = free + memory_in_use()
+        together = room is None or expected.memory <= room
+        shape = request.ori, request.pad
         if shape not in self._told:
             self._told.add(shape)
             logger.info(
                 "box %d, padding %g: %s for %s",
                 request.ori,
                 request.pad,
-                (expected if together else expect(request, self._updater)).in_words(),
+                (expected if together else expect_at_most(request, self._updater, 1)).in_words(),
                 "both halves together" if together else "a half; memory does not suffice for both together",
             )
         return together
