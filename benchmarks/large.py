@@ -15,12 +15,14 @@ Seconds are wall time, memory is the peak of the process, with what it has mappe
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import click
@@ -81,7 +83,9 @@ def main(
         for pad in map(int, pads.split(",")):
             with tempfile.TemporaryDirectory(dir=scratch) as name:
                 folder = Path(name)
-                write_halves(folder, box, pad, angpix)
+                # In a process of its own: Linux counts the memory of the parent at the fork as the child's.
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
+                    aside.submit(write_halves, folder, box, pad, angpix).result()
                 relion = ["", ""]
                 if not no_relion and shutil.which("relion_external_reconstruct") is not None:
                     seconds, mebibytes = run_relion(folder)
