@@ -1,4 +1,4 @@
-"""End to end: RELION refines simulated particles with its own update, with lambda 0, with the prior, watched and not."""
+"""End to end: RELION refines with its own update, with lambda 0, and with the prior, by the watcher and the hook alone."""
 
 import json
 import shutil
