@@ -1,4 +1,4 @@
-"""End to end: RELION refines with its own update, with lambda 0, and with the prior, by the watcher and the hook alone."""
+"""End to end: RELION refines with its own update, with lambda 0, and with the prior, watched and by the hook alone."""
 
 import json
 import shutil
