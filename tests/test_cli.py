@@ -278,6 +278,26 @@ def test_maps_are_neither_read_from_nor_printed_on_a_terminal():
         assert "standard input is a terminal: pipe a file into it or name one instead of '-'" in done.stderr
 
 
+@pytest.mark.parametrize("words", [("fsc", HALF1, HALF2, "--resolution-only"), ("mask", HALF1, "-o", "mask.mrc")])
+def test_a_terminal_sees_that_something_goes_on_and_a_pipe_does_not(tmp_path, words):
+    program = "import os, pty, sys\nsys.exit(pty.spawn(sys.argv[1:], lambda d: os.read(d, 1 << 16)))"
+    command = [sys.executable, "-m", "cryored", *map(str, words)]
+    environment = os.environ | {"TERM": "xterm"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    doing = {"fsc": "comparing", "mask": "masking"}[words[0]].encode()
+    assert doing in done.stdout
+    (tmp_path / "mask.mrc").unlink(missing_ok=True)
+    piped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert doing not in piped.stdout + piped.stderr
+
+
 # Signals
 
 
