@@ -1,8 +1,18 @@
 """What several test files share."""
 
 import logging
+import os
 
 import pytest
+
+
+def pytest_configure(config):
+    """Keep what JAX compiles: it does so operation by operation, and each test with it is a new process."""
+    if not hasattr(config, "cache"):
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def pytest_collection_modifyitems(items):
