@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ Advance = Callable[..., None]
 
 def terminal() -> Console | None:
     """Return a console on standard error where somebody looks: a terminal, and no --quiet."""
+    if not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO):
+        return None  # without loading rich, for which RELION's hook has no time
     from rich.console import Console
 
     console = Console(stderr=True)
-    return console if console.is_terminal and logger.isEnabledFor(logging.INFO) else None
+    return console if console.is_terminal else None
 
 
 @contextmanager
@@ -35,12 +38,12 @@ def bar(what: str, total: int, *, time_left: bool = True) -> Iterator[Advance]:
     time_left : bool
         Show it; False where the note does.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     console = terminal()
     if console is None:
         yield _lines(what)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,12 +63,12 @@ def bar(what: str, total: int, *, time_left: bool = True) -> Iterator[Advance]:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show on a terminal that something lasts whose end is not known."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     console = terminal()
     if console is None:
         yield
         return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(what, total=None)

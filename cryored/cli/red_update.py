@@ -82,11 +82,13 @@ def red_update(
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
     if denoised is not None and is_stream(job) and is_stream(denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
+    from cryored.cli.progress import working
     from cryored.refinement.red_update import Files, red_update_file
 
     settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
     files = Files(angpix, output, unregularised, denoised, clean, overwrite)
-    record = red_update_file(job, settings, files, model=model, check=check, gpu=gpu, max_memory=max_memory)
+    with working("updating"):
+        record = red_update_file(job, settings, files, model=model, check=check, gpu=gpu, max_memory=max_memory)
     if check:
         click.echo(json.dumps(record, indent=2))
     else:
