@@ -68,6 +68,14 @@ def test_of_a_missing_cone_no_coefficient_is_seen(cone):
     assert seen[far & (angle > cone + 8)].mean() > 0.98
 
 
+@pytest.mark.parametrize("unevenness", [-20.0, 20.0])
+def test_the_most_uneven_views_are_found_at_once(unevenness):
+    """Views that avoid the axis although only those near it are left: nearly all that is drawn would be refused."""
+    along = np.abs(beams(Views(unevenness, missing_cone=80.0, axis=Z), 50)[:, 2])
+    assert len(along) == 50
+    assert along.min() >= np.sin(np.deg2rad(80)) - 1e-9
+
+
 def test_half_of_the_data_sets_are_even():
     drawn = [draw_views(rng=rng(seed)) for seed in range(300)]
     assert 0.4 < sum(one.are_even for one in drawn) / len(drawn) < 0.6

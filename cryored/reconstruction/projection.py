@@ -24,6 +24,7 @@ from cryored.threads import default_threads, parallel, parts
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 
+_TRIED = 200_000  # rotations drawn at a time, of which those that suit are kept
 _RUN = 64  # slices that a thread takes at a time
 _POLE = 1e-8  # sin(tilt) below which rot and psi turn about the same axis
 
@@ -106,10 +107,10 @@ class Views:
         axis = rng.standard_normal(3) if self.axis is None else np.asarray(self.axis, dtype=np.float64)
         axis = axis / np.linalg.norm(axis)
         least = np.sin(np.deg2rad(self.missing_cone))
-        most = max(self.unevenness, 0.0)  # of the exponent
+        most = max(self.unevenness, self.unevenness * least**2)  # that the exponent reaches where views are allowed
         found: list[Doubles] = []
         while sum(map(len, found)) < n:
-            many = random_rotations(20 * n, rng=rng)
+            many = random_rotations(min(20 * n, _TRIED), rng=rng)
             along = np.abs(many[:, 2] @ axis)
             kept = rng.random(len(many)) < np.exp(self.unevenness * along**2 - most)
             found.append(many[kept & (along >= least)])
