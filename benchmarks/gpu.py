@@ -407,8 +407,8 @@ def short_cases(sizes: Sizes) -> dict[str, tuple[tuple[int, ...], float]]:
     """Return shapes and the bytes to do them in: too few for one pass, and next to nothing."""
     whole, third = sizes.short, tuple(max(16, n // 3) for n in sizes.short)
     return {
-        "smaller tiles": (whole, _ENOUGH * needed([n + 16 for n in whole])),
-        "the CPU": (third, min(48 * 2**20, 0.25 * needed([n + 16 for n in third]))),
+        "smaller tiles": (whole, _ENOUGH * needed(whole)),
+        "the CPU": (third, min(48 * 2**20, 0.25 * needed(third))),
     }
 
 

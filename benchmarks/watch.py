@@ -5,7 +5,7 @@
 The two halves of an iteration, random data, are asked for at the same moment, as RELION does, and the time runs from
 the start of the first hook to the end of the last. *bare* is the same work inside a process that has everything loaded:
 reading, FFTs, network, writing. The ways take turns; seconds are medians. Then the watcher answers ``--requests`` more,
-and its memory is compared with what it was after 20.
+and its memory is compared with what it was after 20. Last a single cold hook takes turns with TensorFlow's own import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +63,10 @@ def write_halves(folder: Path, box: int, pad: int, angpix: float = 1.5) -> None:
             shutil.copy(path, other)
 
 
-def together(folder: Path, *command: str) -> float:
+def together(folder: Path, *command: str, halves: Sequence[str] = HALVES) -> float:
     """Run a command on both halves at once; return seconds."""
     begin = time.perf_counter()
-    running = [subprocess.Popen([*command, f"{half}.star"], cwd=folder, stdout=subprocess.DEVNULL) for half in HALVES]
+    running = [subprocess.Popen([*command, f"{half}.star"], cwd=folder, stdout=subprocess.DEVNULL) for half in halves]
     status = [process.wait() for process in running]
     if any(status):
         sys.exit(f"{command[0]} failed")
@@ -76,6 +76,13 @@ def together(folder: Path, *command: str) -> float:
 def reconstruct(folder: Path) -> float:
     """Run RELION's program on both halves at once; it wants its options last."""
     return together(folder, "sh", "-c", 'relion_external_reconstruct "$1" --skip_gridding', "relion")
+
+
+def import_tensorflow() -> float:
+    """Import TensorFlow in a new process; return seconds."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - begin
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -157,6 +164,9 @@ def main(box: int, pad: int, repeats: int, model: str, requests: int) -> None:
             end(watcher, folder)
             cold = statistics.median(together(folder, hook, *options) for _ in range(3))
             click.echo(f"{lam:g}\t{watched:.3f}\t{alone:.3f}\t{watched - alone:.3f}\t{cold:.2f}\t{relion:.3f}")
+        begun = [(together(folder, hook, "-q", halves=HALVES[:1]), import_tensorflow()) for _ in range(repeats)]
+    first, load = (statistics.median(column) for column in zip(*begun, strict=True))
+    click.echo(f"one cold hook {first:.2f} s, import tensorflow {load:.2f} s: {first / load:.2f}", err=True)
     click.echo(f"box {box}, padding {pad}, {os.cpu_count()} cores, medians of {repeats}", err=True)
 
 

@@ -77,6 +77,15 @@ def test_help_of_a_command_loads_no_network(path):
     assert imported_after([*path, "--help"], ["tensorflow", "keras", "torch", "matplotlib", "gemmi"]) == []
 
 
+def test_tensorflow_does_not_load_what_it_only_tries_for():
+    """JAX and Matplotlib, a third of its start; what is drawn later is drawn all the same."""
+    script = (
+        "import sys; from cryored.prior import device; device.set_up(gpu=False); "
+        "assert not {'jax', 'matplotlib'} & set(sys.modules); import matplotlib.pyplot"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_version():
     done = invoke("--version")
     assert done.exit_code == 0

@@ -658,7 +658,7 @@ def test_short_of_memory_on_the_cpu_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize(
     ("mebibytes", "warning"),
-    [(1000, ""), (400, "not enough memory for 2 maps at once, so one by one"), (150, "tiles of 56 voxels from now on")],
+    [(1000, ""), (250, "not enough memory for 2 maps at once, so one by one"), (150, "tiles of 56 voxels from now on")],
 )
 def test_granted_memory_decides_the_pieces_beforehand(monkeypatch, caplog, mebibytes, warning):
     maps = [blob(80, 1.5, seed=seed) for seed in (1, 2)]

@@ -33,7 +33,8 @@ def network_memory(card: ModelCard, shape: tuple[int, ...], tile: int, maps: int
     maps : int
         In one call.
     """
-    in_tile = math.prod(min(tile, n) for n in shape)
+    multiple = 2**card.depth  # what the network sees is filled up to
+    in_tile = math.prod(-(-min(tile, n) // multiple) * multiple for n in shape)
     return maps * (_TILE * card.width * in_tile + _MAP * math.prod(shape))
 
 

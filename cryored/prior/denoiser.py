@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 # Edges of tiles, in voxels at the model's pixel size. Overlaps cost: a map of 171 takes 2.7 times as long in tiles of
 # 144 as in one pass. But the memory that a network has had on a GPU it keeps, and RELION wants it back.
 CPU_TILE, GPU_TILE = 208, 144
-_MARGIN = 8  # voxels of solvent around the map: what convolutions pad with at the faces is not quite solvent to them
 _OVERLAP = 48  # voxels that neighbouring tiles share, blended over the inner half of them
 _CROSSOVER = 0.9  # fraction of the model's Nyquist frequency at which the prior begins to fade
 
@@ -355,8 +354,7 @@ class Denoiser:
         if self.on_gpu:
             return
         room = free_memory() if self.max_memory is None else self.max_memory - memory_in_use()
-        shape = tuple(n + 2 * _MARGIN for n in data.shape[1:])
-        needed = network_memory(self.model.card, shape, self.edge, len(data))
+        needed = network_memory(self.model.card, data.shape[1:], self.edge, len(data))
         if room is None or needed <= room:
             return
         # What is free is a guess: the smallest tiles are tried all the same.
@@ -381,16 +379,15 @@ class Denoiser:
         multiple = 2**self.model.card.depth
         network = self._predict if told is None else partial(self._predict, told=told)
         total: Array | None = None
-        padded = window(data, (len(data), *(n + 2 * _MARGIN for n in data.shape[1:])))
         for number, rotation in enumerate(cube_rotations()[: self.rotations]):
-            turned = np.stack([rotate(one, rotation) for one in padded])
+            turned = np.stack([rotate(one, rotation) for one in data])
             turned = predict_tiled(
                 network, turned, tile=self.edge, multiple=multiple, progress=partial(self._tell, number)
             )
             if total is None:
                 total = np.zeros((len(turned), *data.shape[1:]), dtype=np.float32)
             for sum_, one in zip(total, turned, strict=True):
-                sum_ += window(rotate_back(one, rotation), sum_.shape)
+                sum_ += rotate_back(one, rotation)
         assert total is not None
         return total / np.float32(self.rotations)
 
@@ -400,7 +397,7 @@ class Denoiser:
     def _smaller_tile(self, shape: tuple[int, ...]) -> int | None:
         """Return the next smaller tile for maps of a shape, if there is one."""
         multiple = 2**self.model.card.depth
-        now = min(self.edge, max(shape) + 2 * _MARGIN)
+        now = min(self.edge, max(shape))
         smaller = max(_round_up(now // 2, multiple), _least_tile(multiple))
         return smaller if smaller < _round_up(now, multiple) else None
 
@@ -425,7 +422,7 @@ def tile_voxels(shape: tuple[int, ...], tile: int, card: ModelCard) -> int:
     """Return the voxels of all tiles together that maps of a shape, at the model's pixel size, are cut into."""
     multiple = 2**card.depth
     tile = max(_round_up(tile, multiple), _least_tile(multiple))
-    padded = [_round_up(n + 2 * _MARGIN, multiple) for n in shape]
+    padded = [_round_up(n, multiple) for n in shape]
     return math.prod(sum(min(tile, n) for _ in _starts(n, tile, multiple)) for n in padded)
 
 

@@ -76,7 +76,7 @@ def _set_up_tensorflow(use_gpu: bool, threads: int | None) -> str | None:
     """Return the name of the first GPU in use, if there is one."""
     # By itself TensorFlow takes oneDNN only on CPUs with AVX512-VNNI; on others a network is 3.5 times as fast with it.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    with _hushed():
+    with _hushed(), _unseen("jax", "matplotlib"):
         import tensorflow as tf
 
         gpus = tf.config.list_physical_devices("GPU")
@@ -256,6 +256,22 @@ def set_seed(seed: int) -> None:
         import keras
 
         keras.utils.set_random_seed(seed)
+
+
+@contextmanager
+def _unseen(*names: str) -> Iterator[None]:
+    """Keep packages from being imported that are only tried for: installed, they cost a third of TensorFlow's start.
+
+    It tries for JAX to convert its models to TFLite, Keras for Matplotlib to show pictures of a training set.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # to Python: as if it were not installed
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextmanager
