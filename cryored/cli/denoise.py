@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -71,27 +72,7 @@ from cryored.files.output import is_stream
 @options.threads
 @options.overwrite
 @options.common
-def denoise(
-    map_path: str | None,
-    output: str,
-    model: str,
-    half1: str | None,
-    half2: str | None,
-    fsc: str | None,
-    mask: str | None,
-    uncertainty: str | None,
-    difference: str | None,
-    chimerax: str | None,
-    plot: str | None,
-    bfactor: float | Literal["auto"] | None,
-    angpix: float | None,
-    rotations: int,
-    tile: int | None,
-    force: bool,
-    gpu: bool | None,
-    threads: int | None,
-    overwrite: bool,
-) -> None:
+def denoise(map_path: str | None, output: str, half1: str | None, **given: Any) -> None:
     """Denoise one map with a trained prior, in any box and at any pixel size.
 
     A raw half-map (unfiltered, _unfil.mrc) needs its FSC: give --half2 or --fsc. Without them the map is taken as
@@ -105,43 +86,12 @@ def denoise(
       cryored denoise run_half1_class001_unfil.mrc --half2 run_half2_class001_unfil.mrc -o half1_denoised.mrc
       cryored denoise Refine3D/job012 -o denoised.mrc --plot denoised.png
     """
-    from cryored.files.jobs import is_job
-
-    job = map_path is not None and is_job(map_path)
-    if (map_path is None) != (half1 is not None) or (half1 is not None and half2 is None):
-        raise click.UsageError("give MAP, the folder of a RELION job, or both --half1 and --half2")
-    if job and (half2 is not None or fsc is not None):
-        raise click.UsageError("the job's own half-maps are taken; leave --half2 and --fsc out")
-    if half2 is not None and fsc is not None:
-        raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
-    if bfactor is not None and uncertainty is not None:
-        raise click.UsageError("--uncertainty is of the map as it is, not of one that --bfactor sharpens; give one")
-    if uncertainty == output:
-        raise click.UsageError(f"--output and --uncertainty are both '{output}'; give them names of their own")
-    if chimerax is not None and any(path is not None and is_stream(path) for path in (output, difference, uncertainty)):
-        raise click.UsageError("--chimerax opens the maps by name; none can be '-'")
+    job = _check_usage(map_path, output, half1, given)
 
     from cryored.cli.progress import bar
     from cryored.prior.denoise_files import DenoiseOptions, denoise_file, denoise_halves, denoise_job
 
-    chosen = DenoiseOptions(
-        model=model,
-        half2=half2,
-        fsc=fsc,
-        mask=mask,
-        uncertainty=uncertainty,
-        difference=difference,
-        chimerax=chimerax,
-        plot=plot,
-        bfactor=bfactor,
-        angpix=angpix,
-        rotations=rotations,
-        tile=tile,
-        gpu=gpu,
-        threads=threads,
-        force=force,
-        overwrite=overwrite,
-    )
+    chosen = options.pick(DenoiseOptions, given)
     with bar("tiles", 0) as advance:
 
         def tell(done: int, total: int) -> None:
@@ -151,6 +101,28 @@ def denoise(
         if job:
             denoise_job(str(map_path), output, chosen, progress=tell)
         elif half1 is not None:
-            denoise_halves(half1, str(half2), output, chosen, progress=tell)
+            denoise_halves(half1, given["half2"], output, chosen, progress=tell)
         else:
             denoise_file(str(map_path), output, chosen, progress=tell)
+
+
+def _check_usage(map_path: str | None, output: str, half1: str | None, given: Mapping[str, Any]) -> bool:
+    """Refuse options that say nothing together; tell whether MAP is the folder of a RELION job."""
+    from cryored.files.jobs import is_job
+
+    job = map_path is not None and is_job(map_path)
+    half2, fsc, uncertainty = given["half2"], given["fsc"], given["uncertainty"]
+    if (map_path is None) != (half1 is not None) or (half1 is not None and half2 is None):
+        raise click.UsageError("give MAP, the folder of a RELION job, or both --half1 and --half2")
+    if job and (half2 is not None or fsc is not None):
+        raise click.UsageError("the job's own half-maps are taken; leave --half2 and --fsc out")
+    if half2 is not None and fsc is not None:
+        raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
+    if given["bfactor"] is not None and uncertainty is not None:
+        raise click.UsageError("--uncertainty is of the map as it is, not of one that --bfactor sharpens; give one")
+    if uncertainty == output:
+        raise click.UsageError(f"--output and --uncertainty are both '{output}'; give them names of their own")
+    shown = (output, given["difference"], uncertainty)
+    if given["chimerax"] is not None and any(path is not None and is_stream(path) for path in shown):
+        raise click.UsageError("--chimerax opens the maps by name; none can be '-'")
+    return job

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from cryored.cli import options
@@ -58,24 +61,7 @@ from cryored.cli import options
 @options.seed
 @options.threads
 @options.common
-def fsc(
-    map1: str,
-    map2: str | None,
-    mask: str | None,
-    angpix: float | None,
-    threshold: float,
-    resolution_only: bool,
-    randomise_from: float | None,
-    substitute_noise: float | None,
-    model: str,
-    gpu: bool | None,
-    star: str | None,
-    xml: str | None,
-    plot: str | None,
-    overwrite: bool,
-    seed: int,
-    threads: int | None,
-) -> None:
+def fsc(map1: str, map2: str | None, threshold: float, resolution_only: bool, **given: Any) -> None:
     """Compare MAP1 and MAP2 by Fourier shell correlation (FSC).
 
     MAP1 alone may be the folder of a RELION job (Refine3D, PostProcess), whose unfiltered half-maps, mask and pixel
@@ -91,30 +77,16 @@ def fsc(
 
     MAP1, MAP2 or the mask may be "-" for standard input, and --star or --xml "-" for standard output.
     """
-    from cryored.files.jobs import is_job
-    from cryored.files.output import STREAM, check_target, write_text
-
-    if map2 is None and not is_job(map1):
-        raise click.UsageError("Missing argument 'MAP2': give it, or the folder of a RELION job alone.")
-
-    if [map1, map2, mask].count(STREAM) > 1:
-        raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")
-    if [star, xml].count(STREAM) + resolution_only > 1:
-        raise click.UsageError("--resolution-only, --star - and --xml - all print: choose one.")
-    if plot == STREAM:
-        raise click.UsageError("--plot needs the name of a file.")
-    if randomise_from is not None and mask is None and map2 is not None:
-        raise click.UsageError("--randomise-from has no meaning without --mask.")
-    for target in (star, xml, plot):
-        if target is not None and target != STREAM:
-            check_target(target, overwrite)
+    star, xml, plot = given["star"], given["xml"], given["plot"]
+    _check_usage(map1, map2, resolution_only, given)
 
     from cryored.assessment.fsc_of_files import FscOptions, fsc_files, fsc_job, log_summary
     from cryored.cli.progress import working
     from cryored.files.fsc_tables import draw_fsc, format_tsv, format_xml, star_blocks
+    from cryored.files.output import STREAM, write_text
     from cryored.files.star import write_star
 
-    chosen = FscOptions(mask, angpix, randomise_from, substitute_noise, model, gpu, seed, threads)
+    chosen = options.pick(FscOptions, given, substitute_noise_from=given["substitute_noise"])
     with working("comparing"):
         result = fsc_job(map1, chosen) if map2 is None else fsc_files(map1, map2, chosen)
     log_summary(result, threshold)
@@ -128,3 +100,24 @@ def fsc(
         click.echo(f"{result.resolution(threshold):.4f}")
     elif STREAM not in (star, xml):
         write_text(STREAM, format_tsv(result))
+
+
+def _check_usage(map1: str, map2: str | None, resolution_only: bool, given: Mapping[str, Any]) -> None:
+    """Refuse options that say nothing together, and outputs that are there."""
+    from cryored.files.jobs import is_job
+    from cryored.files.output import STREAM, check_target
+
+    star, xml, plot, mask = (given[name] for name in ("star", "xml", "plot", "mask"))
+    if map2 is None and not is_job(map1):
+        raise click.UsageError("Missing argument 'MAP2': give it, or the folder of a RELION job alone.")
+    if [map1, map2, mask].count(STREAM) > 1:
+        raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")
+    if [star, xml].count(STREAM) + resolution_only > 1:
+        raise click.UsageError("--resolution-only, --star - and --xml - all print: choose one.")
+    if plot == STREAM:
+        raise click.UsageError("--plot needs the name of a file.")
+    if given["randomise_from"] is not None and mask is None and map2 is not None:
+        raise click.UsageError("--randomise-from has no meaning without --mask.")
+    for target in (star, xml, plot):
+        if target is not None and target != STREAM:
+            check_target(target, given["overwrite"])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from cryored import __version__
 from cryored.cli import Program, options, run_program
@@ -102,22 +102,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @options.common
 @click.version_option(__version__, prog_name="harvest-relion", message="%(prog)s %(version)s")
 def harvest_relion(
-    structures: tuple[str, ...],
-    output: str,
-    snr: tuple[float, ...],
-    number: int,
-    box: int,
-    angpix: float,
-    perturb_angles: float,
-    seed: int,
-    manifest: str | None,
-    part: str,
-    shard: tuple[int, int],
-    jobs: int,
-    scheduler: str | None,
-    timeout: float,
-    keep: bool,
-    float16: bool,
+    structures: tuple[str, ...], output: str, jobs: int, scheduler: str | None, timeout: float, **given: Any
 ) -> None:
     """Harvest training pairs from RELION's refinements of simulated particles of STRUCTURES (PDB or mmCIF).
 
@@ -125,8 +110,7 @@ def harvest_relion(
     and pairs/pairs.star, a pair for each half of each iteration. The names of these tables are printed. Run again, it
     goes on where it was interrupted; a structure that fails does not stop the others.
     """
-    jobs_given = click.get_current_context().get_parameter_source("jobs") is not ParameterSource.DEFAULT
-    if scheduler is not None and jobs_given:
+    if scheduler is not None and "jobs" in options.named(click.get_current_context()):
         raise click.UsageError("--jobs and --scheduler exclude each other.")
 
     from cryored.cli.progress import bar
@@ -134,25 +118,16 @@ def harvest_relion(
     from cryored.refinement.relion_runs import check_relion
     from cryored.simulation.split import check_split
 
-    if manifest is not None:
-        check_split(structures, manifest, part)
-    tasks = plan(
-        structures,
-        Path(output),
-        snr=snr,
-        number=number,
-        box=box,
-        angpix=angpix,
-        perturb_angles=perturb_angles,
-        seed=seed,
-        shard=shard,
-    )
+    chosen = options.pick(Options, given, timeout=60 * timeout)
+    if chosen.manifest is not None:
+        check_split(structures, chosen.manifest, chosen.part)
+    experiment = ("snr", "number", "box", "angpix", "perturb_angles", "seed", "shard")
+    tasks = plan(structures, Path(output), **{name: given[name] for name in experiment})
     finished = sum(task.table.exists() for task in tasks)
     if finished:
         logger.info("%d of %d refinements were finished before", finished, len(tasks))
     if finished < len(tasks) and scheduler is None:
         check_relion()
-    chosen = Options(float16, keep, 60 * timeout, manifest, part)
     if scheduler is not None:
         with bar("refinements", len(tasks)) as advance:
             failed = run_on_cluster(tasks, chosen, scheduler, advance)

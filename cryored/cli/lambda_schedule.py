@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from cryored.cli import options
 from cryored.prior.models import DEFAULT_MODEL
@@ -65,24 +65,7 @@ from cryored.prior.models import DEFAULT_MODEL
 @options.overwrite
 @options.common
 @click.pass_context
-def lambda_schedule(
-    ctx: click.Context,
-    sources: tuple[str, ...],
-    resolution: float | None,
-    low: float,
-    high: float,
-    schedule: str | None,
-    model: str,
-    fit: bool,
-    output: str,
-    trust: float,
-    write_card: bool,
-    angpix: float | None,
-    plot: str | None,
-    gpu: bool | None,
-    threads: int | None,
-    overwrite: bool,
-) -> None:
+def lambda_schedule(ctx: click.Context, /, sources: tuple[str, ...], fit: bool, **given: Any) -> None:
     """Print lambda, the weight of the prior, as one number; or fit it with --fit.
 
     TABLE is an FSC table (of `cryored fsc`, RELION STAR, EMDB XML, "-" for a pipe), one of RELION's requests, or the
@@ -105,48 +88,35 @@ def lambda_schedule(
         from cryored.cli.progress import bar
         from cryored.training.lambda_fit import fit_files
 
+        names = ("output", "trust", "plot", "gpu", "threads", "overwrite")
+        words = {name: given[name] for name in names}
         with bar("maps", 0) as advance:
-            fit_files(
-                sources,
-                model,
-                output=output,
-                trust=trust,
-                write_to_card=write_card,
-                plot=plot,
-                gpu=gpu,
-                threads=threads,
-                overwrite=overwrite,
-                progress=advance,
-            )
+            fit_files(sources, given["model"], **words, write_to_card=given["write_card"], progress=advance)
         return
 
     from cryored.files.output import check_target
     from cryored.prior import lambda_schedule as tool
     from cryored.prior.models import find_model
 
+    resolution, plot = given["resolution"], given["plot"]
     if plot is not None:
-        check_target(plot, overwrite)
-    if schedule is not None:
-        chosen = tool.read_schedule(schedule)
-    elif {"low", "high"} & _given(ctx):
-        chosen = tool.linear_schedule(low, high)
+        check_target(plot, given["overwrite"])
+    if given["schedule"] is not None:
+        chosen = tool.read_schedule(given["schedule"])
+    elif {"low", "high"} & options.named(ctx):
+        chosen = tool.linear_schedule(given["low"], given["high"])
     else:
-        chosen = tool.model_schedule(find_model(model))
+        chosen = tool.model_schedule(find_model(given["model"]))
     if resolution is None:
-        resolution = tool.source_resolution(sources[0], angpix)
+        resolution = tool.source_resolution(sources[0], given["angpix"])
     click.echo(f"{chosen(resolution):.6g}")
     logging.getLogger("cryored").info("by %s, at %.2f A", chosen.source, resolution)
     if plot is not None:
         tool.draw_schedule(plot, chosen, resolution)
 
 
-def _given(ctx: click.Context) -> set[str]:
-    """Return the options that the user named."""
-    return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-
-
 def _check_usage(ctx: click.Context) -> None:
-    values, given = ctx.params, _given(ctx)
+    values, given = ctx.params, options.named(ctx)
     if values["plot"] == "-":
         raise click.UsageError("--plot needs the name of a file.")
     if values["fit"]:

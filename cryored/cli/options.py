@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from cryored.prior.models import DEFAULT_MODEL
 
@@ -16,8 +18,21 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+D = TypeVar("D")
+
 # Paths stay strings: "-" is a stream, and the tools report missing files in their own words.
 PATH = click.Path(readable=False)
+
+
+def pick(kind: type[D], given: Mapping[str, Any], **more: Any) -> D:
+    """Return a tool's options, a dataclass, from those of a command that are its fields and what else is named."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if name in names}, **more)
+
+
+def named(ctx: click.Context) -> set[str]:
+    """Return the options that the user named, in the shell or in the environment."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
 
 
 def verbosity(ctx: click.Context) -> int:
@@ -252,31 +267,17 @@ def update(command: str) -> Callable[[F], F]:
     return add
 
 
-def settings(
-    lam: float | str,
-    schedule: str | None,
-    trust: float,
-    final: Literal["map", "prior"],
-    extrapolate: bool,
-    prior_limit: float | None,
-    threads: int | None,
-) -> Settings:
+def settings(given: Mapping[str, Any]) -> Settings:
     """Return what the options of `update` ask for."""
+    lam, schedule = given["lam"], given["schedule"]
     if lam != "auto" and schedule is not None:
         raise click.UsageError("--schedule is for --lambda auto; give one of the two.")
-    if trust != 1 and (lam != "auto" or schedule is not None):
+    if given["trust"] != 1 and (lam != "auto" or schedule is not None):
         raise click.UsageError("--trust is for the calibrated weights of --lambda auto; eq. 17 knows none.")
 
     from cryored.prior.lambda_schedule import Schedule, read_schedule
     from cryored.refinement.updater import Settings
 
-    followed = None if schedule is None else read_schedule(schedule)
-    return Settings(
-        lam=None if isinstance(lam, str) else lam,
-        schedule=Schedule() if lam == "paper" else followed,
-        trust=trust,
-        final=final,
-        extrapolate=extrapolate,
-        prior_limit=prior_limit,
-        threads=threads,
-    )
+    followed = Schedule() if lam == "paper" else None if schedule is None else read_schedule(schedule)
+    rest = {name: value for name, value in given.items() if name not in ("lam", "schedule")}
+    return pick(Settings, rest, lam=None if isinstance(lam, str) else lam, schedule=followed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -36,26 +36,7 @@ from cryored.cli import options
 @options.threads
 @options.overwrite
 @options.common
-def red_update(
-    job: str,
-    model: str,
-    lam: float | str,
-    schedule: str | None,
-    angpix: float | None,
-    output: str | None,
-    unregularised: str | None,
-    denoised: str | None,
-    check: bool,
-    clean: bool,
-    trust: float,
-    final: Literal["map", "prior"],
-    extrapolate: bool,
-    prior_limit: float | None,
-    gpu: bool | None,
-    max_memory: int | None,
-    threads: int | None,
-    overwrite: bool,
-) -> None:
+def red_update(job: str, check: bool, **given: Any) -> None:
     """Answer one reconstruction request of RELION (relion_refine --external_reconstruct).
 
     Computes x = (B + g f / v) / (K + 1 / v), with f the denoised MAP map, g its gain and v its variance in each
@@ -71,24 +52,23 @@ def red_update(
     """
     import json
 
+    from cryored.cli.progress import working
     from cryored.files.jobs import is_job, last_request
     from cryored.files.output import is_stream
+    from cryored.refinement.red_update import Files, red_update_file
 
     if is_job(job):
         if not check:
             raise click.UsageError("the folder of a job is for --check; to answer a request name it.")
         job = str(last_request(job))
-    if output is not None and unregularised is not None and is_stream(output) and is_stream(unregularised):
+    files = options.pick(Files, given)
+    if all(path is not None and is_stream(path) for path in (files.output, files.unregularised)):
         raise click.UsageError("only one of --output and --unregularised can be '-'.")
-    if denoised is not None and is_stream(job) and is_stream(denoised):
+    if files.denoised is not None and is_stream(job) and is_stream(files.denoised):
         raise click.UsageError("only one of JOB.star and --denoised can be '-'.")
-    from cryored.cli.progress import working
-    from cryored.refinement.red_update import Files, red_update_file
-
-    settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
-    files = Files(angpix, output, unregularised, denoised, clean, overwrite)
+    network = {name: given[name] for name in ("model", "gpu", "max_memory")}
     with working("updating"):
-        record = red_update_file(job, settings, files, model=model, check=check, gpu=gpu, max_memory=max_memory)
+        record = red_update_file(job, options.settings(given), files, check=check, **network)
     if check:
         click.echo(json.dumps(record, indent=2))
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
-from click.core import ParameterSource
 
 from cryored.cli import options
 
@@ -88,28 +89,7 @@ from cryored.cli import options
 @options.seed
 @options.overwrite
 @options.common
-def simulate_map(
-    structure: str,
-    output: str,
-    box: int,
-    angpix: float,
-    resolution: float,
-    method: str,
-    chains: str,
-    assembly: str | None,
-    like: str | None,
-    centre: bool,
-    waters: bool,
-    hydrogens: bool,
-    bfactor: float,
-    bfactor_spread: float,
-    motion: float,
-    glycans: int,
-    belt: float,
-    solvent: float,
-    seed: int,
-    overwrite: bool,
-) -> None:
+def simulate_map(structure: str, output: str, chains: str, bfactor_spread: float, glycans: int, **given: Any) -> None:
     """Turn an atomic model (PDB or mmCIF, gzipped or not) into a map.
 
     The first model is taken and centred on its mass, at voxel n // 2 of each axis. To compare a map with its model
@@ -125,26 +105,11 @@ def simulate_map(
     from cryored.simulation.features import Features
     from cryored.simulation.map_of_model import MapOptions, simulate_map_file
 
-    if like is not None:
-        for name in ("box", "angpix"):
-            if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
-                raise click.UsageError(f"--like tells the grid; leave --{name} out.")
-    features = Features(bfactor, bfactor_spread, motion, glycans, belt, solvent)
+    if given["like"] is not None:
+        for name in {"box", "angpix"} & options.named(click.get_current_context()):
+            raise click.UsageError(f"--like tells the grid; leave --{name} out.")
+    features = options.pick(Features, given, spread=bfactor_spread, blobs=glycans)
     kept = tuple(chains.split(",")) if chains else ()
-    chosen = MapOptions(
-        box,
-        angpix,
-        resolution,
-        method,
-        kept,
-        assembly,
-        waters,
-        hydrogens,
-        like=like,
-        centre=centre,
-        features=features,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    chosen = options.pick(MapOptions, given, chains=kept, features=features)
     with working("simulating"):
         simulate_map_file(structure, output, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -82,26 +83,12 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.pass_context
 def simulate_pairs(
     ctx: click.Context,
+    /,
     structures: tuple[str, ...],
     output: str,
-    method: str,
-    number: int,
-    box: int,
-    angpix: float,
-    resolution: float,
-    float16: bool,
-    split: str | None,
-    part: str,
-    skip_bad: bool,
-    jobs: int,
-    shard: tuple[int, int] | None,
-    scheduler: str | None,
     from_relion: str | None,
-    truth: str | None,
-    name: str | None,
-    seed: int,
     plot: str | None,
-    overwrite: bool,
+    **given: Any,
 ) -> None:
     """Make training pairs: DIR/pairs.star and the maps that it lists.
 
@@ -121,38 +108,24 @@ def simulate_pairs(
     from cryored.files.plots import new_figure
 
     if plot is not None:
-        check_target(plot, overwrite)
+        check_target(plot, given["overwrite"])
         new_figure(1, 1)  # is matplotlib there? Better asked now than hours later
 
     from cryored.cli.progress import bar
     from cryored.simulation.pair_table import log_summary, read_pairs
 
-    if from_relion is not None and truth is not None:
+    if from_relion is not None:
         from cryored.simulation.harvest import HarvestOptions, harvest_files
 
-        own = angpix if _given(ctx, "angpix") else None
-        wanted = HarvestOptions(name, own, float16, split, part, overwrite)
+        if not _given(ctx, "angpix"):
+            given["angpix"] = None  # RELION's own
+        wanted = options.pick(HarvestOptions, given, manifest=given["split"])
         with bar("requests", 0) as advance:
-            table = harvest_files(from_relion, truth, output, wanted, progress=advance)
+            table = harvest_files(from_relion, given["truth"], output, wanted, progress=advance)
     else:
         from cryored.simulation.pairs import PairOptions, simulate_pairs_files
 
-        chosen = PairOptions(
-            method=method,
-            number=number,
-            box=box,
-            angpix=angpix,
-            resolution=resolution,
-            seed=seed,
-            float16=float16,
-            manifest=split,
-            part=part,
-            shard=shard,
-            skip_bad=skip_bad,
-            jobs=jobs,
-            scheduler=scheduler,
-            overwrite=overwrite,
-        )
+        chosen = options.pick(PairOptions, given, manifest=given["split"])
         with bar("draws", 0) as advance:
             table = simulate_pairs_files(structures, output, chosen, progress=advance)
     rows = read_pairs(table)

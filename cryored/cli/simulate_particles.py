@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
-from click.core import ParameterSource
 
 from cryored.cli import options
 
@@ -115,27 +116,7 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
 @options.common
 @click.pass_context
 def particles(
-    ctx: click.Context,
-    map_path: str,
-    output: str,
-    number: int,
-    snr: float,
-    scale: float | None,
-    noise: str,
-    apply_ctf: bool,
-    defocus_range: tuple[float, float],
-    voltage: float,
-    cs: float,
-    amplitude_contrast: float,
-    uneven: float,
-    missing_cone: float,
-    shift: float,
-    perturb_angles: float,
-    ini_high: float,
-    angpix: float | None,
-    seed: int,
-    threads: int | None,
-    overwrite: bool,
+    ctx: click.Context, /, map_path: str, output: str, uneven: float, missing_cone: float, **given: Any
 ) -> None:
     """Make a stack of particles that RELION can refine, from MAP.
 
@@ -154,25 +135,10 @@ def particles(
     from cryored.reconstruction.projection import Views
     from cryored.simulation.particles import Microscope, ParticleOptions, simulate_particles_file
 
-    if scale is not None and ctx.get_parameter_source("snr") is not ParameterSource.DEFAULT:
+    if given["scale"] is not None and "snr" in options.named(ctx):
         raise click.UsageError("--snr and --scale exclude each other: give one of them")
-    chosen = ParticleOptions(
-        number=number,
-        snr=snr,
-        scale=scale,
-        noise=noise,
-        apply_ctf=apply_ctf,
-        defocus_range=defocus_range,
-        microscope=Microscope(voltage, cs, amplitude_contrast),
-        views=Views(uneven, missing_cone, axis=(0.0, 0.0, 1.0)),
-        shift=shift,
-        perturb_angles=perturb_angles,
-        ini_high=ini_high,
-        angpix=angpix,
-        seed=seed,
-        threads=threads,
-        overwrite=overwrite,
-    )
-    with bar("particles", number) as advance:
+    views = Views(uneven, missing_cone, axis=(0.0, 0.0, 1.0))
+    chosen = options.pick(ParticleOptions, given, microscope=options.pick(Microscope, given), views=views)
+    with bar("particles", chosen.number) as advance:
         result = simulate_particles_file(map_path, output, chosen, progress=advance)
     click.echo(result.star)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -136,28 +137,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 @options.common
 @click.pass_context
 def train(
-    ctx: click.Context,
-    /,
-    tables: tuple[str, ...],
-    output: str | None,
-    evaluate: str | None,
-    maps: str | None,
-    shift: int,
-    validation: str | None,
-    input_kind: str,
-    epochs: int | None,
-    steps: int | None,
-    checkpoint_every: float,
-    start: str | None,
-    resume: bool,
-    skip_bad: bool,
-    cache: float | None,
-    tensorboard: bool,
-    plot: str | None,
-    gpu: bool | None,
-    threads: int | None,
-    overwrite: bool,
-    **recipe_options: Any,
+    ctx: click.Context, /, tables: tuple[str, ...], output: str | None, evaluate: str | None, **given: Any
 ) -> None:
     """Train a prior on pairs of maps (see `cryored simulate pairs`).
 
@@ -174,54 +154,34 @@ def train(
       cryored denoise map.mrc -o denoised.mrc --model ./my_prior
       cryored train --evaluate ./my_prior held_out/pairs.star --plot evaluation.png
     """
-    from cryored.cli.progress import bar
-
     _check_usage(ctx)
     if evaluate is not None:
-        from cryored.training.evaluation import evaluate_files
-
-        with bar("maps", 0) as advance:
-            evaluate_files(
-                evaluate,
-                tables,
-                output=output or "-",
-                maps=maps,
-                plot=plot,
-                shift=shift,
-                gpu=gpu,
-                threads=threads,
-                overwrite=overwrite,
-                progress=advance,
-            )
+        _judge(evaluate, tables, output or "-", given)
         return
 
+    from cryored.cli.progress import bar
     from cryored.training.evaluation import as_tsv
     from cryored.training.loop import Recipe
     from cryored.training.train import TrainOptions, train_files
 
     assert output is not None  # by the check
-    if epochs is not None and steps is not None:
-        raise click.UsageError("--epochs and --steps exclude each other")
-    recipe = Recipe(epochs=epochs or Recipe.epochs, steps=steps, input=input_kind, **recipe_options)  # type: ignore[arg-type]
-    chosen = TrainOptions(
-        validation=validation,
-        start=start,
-        resume=resume,
-        skip_bad=skip_bad,
-        cache=cache,
-        checkpoint_every=checkpoint_every,
-        plot=plot,
-        tensorboard=tensorboard,
-        overwrite=overwrite,
-        gpu=gpu,
-        threads=threads,
-        command=shlex.join(["cryored", *sys.argv[1:]]),
-    )
-    with bar("steps", steps or 1, time_left=False) as advance:
+    epochs = given.pop("epochs") or Recipe.epochs
+    recipe = options.pick(Recipe, given, epochs=epochs, input=given["input_kind"])
+    chosen = options.pick(TrainOptions, given, command=shlex.join(["cryored", *sys.argv[1:]]))
+    with bar("steps", recipe.steps or 1, time_left=False) as advance:
         model = train_files(tables, output, recipe, chosen, progress=advance)
     if model.card.evaluation:
         click.echo(as_tsv(model.card.evaluation["simulated_pairs"]), nl=False, err=True)
     click.echo(model.folder)
+
+
+def _judge(model: str, tables: tuple[str, ...], output: str, given: Mapping[str, Any]) -> None:
+    from cryored.cli.progress import bar
+    from cryored.training.evaluation import evaluate_files
+
+    words = {name: given[name] for name in _OF_EVALUATION - {"tables", "evaluate", "output"}}
+    with bar("maps", 0) as advance:
+        evaluate_files(model, tables, output=output, **words, progress=advance)
 
 
 def _check_usage(ctx: click.Context) -> None:
@@ -238,5 +198,7 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--plot needs the name of a file.")
     if evaluation and values["maps"] == "-" == (values["output"] or "-"):
         raise click.UsageError("only one of --output and --maps can be '-'.")
+    if not evaluation and values["epochs"] is not None and values["steps"] is not None:
+        raise click.UsageError("--epochs and --steps exclude each other")
     if not evaluation and values["output"] is None:
         raise click.UsageError("Missing option '-o' / '--output'.")

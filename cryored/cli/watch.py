@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -43,26 +43,7 @@ from cryored.cli.progress import terminal
 @options.threads
 @options.overwrite
 @options.common
-def watch(
-    run_dir: str,
-    model: str,
-    lam: float | str,
-    schedule: str | None,
-    angpix: float | None,
-    trust: float,
-    final: Literal["map", "prior"],
-    extrapolate: bool,
-    prior_limit: float | None,
-    clean: bool,
-    unregularised: str | None,
-    poll: bool,
-    report: str | None,
-    until_done: bool,
-    gpu: bool | None,
-    max_memory: int | None,
-    threads: int | None,
-    overwrite: bool,
-) -> None:
+def watch(run_dir: str, model: str, **given: Any) -> None:
     """Answer the requests of the refinement in RUN_DIR with the model loaded once.
 
     RUN_DIR is the folder that RELION's --o names, such as Refine3D/job012. The hook cryored-external-reconstruct
@@ -75,7 +56,7 @@ def watch(
       cryored watch Refine3D/job012 --report job012.html &
       RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE=cryored-external-reconstruct mpirun -n 3 relion_refine_mpi ...
     """
-    if unregularised is not None and "{root}" not in unregularised:
+    if given["unregularised"] is not None and "{root}" not in given["unregularised"]:
         raise click.UsageError("--unregularised needs {root} in the name: one file for each request.")
 
     from cryored.prior.denoiser import Denoiser
@@ -84,11 +65,10 @@ def watch(
     from cryored.refinement.updater import Updater
     from cryored.refinement.watcher import WatchOptions, watch_folder
 
-    settings = options.settings(lam, schedule, trust, final, extrapolate, prior_limit, threads)
-    updater = Updater(settings, Denoiser(find_model(model), gpu=gpu, threads=threads, max_memory=max_memory))
-    files = Files(angpix=angpix, unregularised=unregularised, clean=clean)
+    updater = Updater(options.settings(given), options.pick(Denoiser, given, model=find_model(model)))
+    files = Files(angpix=given["angpix"], unregularised=given["unregularised"], clean=given["clean"])
     words = tuple(_hook_options(click.get_current_context()))
-    chosen = WatchOptions(words, poll, report, overwrite, until_done)
+    chosen = options.pick(WatchOptions, given, hook_options=words)
     with _ending() as stop:
         watch_folder(run_dir, updater, files, chosen, console=terminal(), stop=stop)
 
