@@ -34,7 +34,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -61,7 +60,6 @@ BOUNDS = {"float32": 1e-4, "tf32": 2e-3, "default": 2e-3, "compiled": 2e-3, "bfl
 MODEL = "cwred"
 _ENOUGH = 0.6  # of the memory for one pass: too little for it, but enough for smaller tiles
 VOXEL = 1.5
-HALVES = [f"run/run_it003_half{half}_class001_external_reconstruct" for half in (1, 2)]
 
 Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
@@ -488,19 +486,21 @@ def stage_large(book: Book) -> None:
 
 
 def stage_watch(book: Book) -> None:
-    """Answer recorded requests."""
+    """Answer requests of random data."""
     book.measure("box 64, both halves", functools.partial(run_watch, book))
 
 
 def run_watch(book: Book) -> Row:
     """Start a watcher, ask it as RELION does, and compare its answers."""
+    from watch import HALVES, write_halves
+
     from cryored.files.mrc import read_volume
 
     hook = ROOT / "bin" / "cryored-external-reconstruct"
     options = ["--model", MODEL, "--lambda", "0.5", "-q"]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "project"
-        shutil.copytree(ROOT / "tests" / "data" / "relion_requests" / "pka_box64_pad1", folder)
+        folder = Path(name)
+        write_halves(folder, 64, 1)
         log = (Path(name) / "log").open("w+")
         running: list[subprocess.Popen[bytes]] = []
 
@@ -520,10 +520,10 @@ def run_watch(book: Book) -> Row:
         cryored = (sys.executable, "-m", "cryored")
         try:
             begin = time.perf_counter()
-            watcher = start(*cryored, "watch", "run", *options)
+            watcher = start(*cryored, "watch", ".", *options)
             alone = [("red-update", f"{half}.star", "-o", f"cpu{i}.mrc", "--cpu") for i, half in enumerate(HALVES)]
             references = [start(*cryored, *words, *options) for words in alone]
-            presence = folder / "run" / "cryored_watch.txt"
+            presence = folder / "cryored_watch.txt"
             while not (presence.exists() and f"pid {watcher.pid}\n" in presence.read_text()):
                 if watcher.poll() is not None or time.monotonic() > book.end:
                     log.seek(0)
