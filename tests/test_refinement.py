@@ -28,7 +28,7 @@ COLD = 3  # iterations of the run whose every request starts Python and TensorFl
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement")
-    data = refine.make_data(str(STRUCTURE), folder, box=48, angpix=2.0, number=300, snr=0.08)
+    data = refine.make_data(str(STRUCTURE), folder, box=32, angpix=3.0, number=100, snr=0.12)
     refine.run(data, "relion", watch=False)
     refine.run(data, "map", watch=False)
     refine.run(data, "cwred", watch=True)

@@ -251,7 +251,7 @@ def test_a_link_to_the_folder_is_the_folder(project):
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 def test_500_requests_leave_nothing_behind(project):
     device.set_up(gpu=False)
-    card = ModelCard("tiny", "regularised", 1.5, 2, 2, "", (3.0, 18.0))
+    card = ModelCard("tiny", "regularised", 4.0, 2, 2, "", (3.0, 18.0))
     save_model(Path("tiny"), build_unet(card.width, card.depth), card)
     service = server(1.0, "./tiny")
 
