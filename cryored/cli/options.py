@@ -25,9 +25,9 @@ PATH = click.Path(readable=False)
 
 
 def pick(kind: type[D], given: Mapping[str, Any], **more: Any) -> D:
-    """Return a tool's options, a dataclass, from those of a command that are its fields and what else is named."""
+    """Return a tool's options, a dataclass, from those of a command that are its fields; what else is named wins."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in given.items() if name in names}, **more)
+    return kind(**{name: value for name, value in given.items() if name in names} | more)
 
 
 def named(ctx: click.Context) -> set[str]:
@@ -279,5 +279,4 @@ def settings(given: Mapping[str, Any]) -> Settings:
     from cryored.refinement.updater import Settings
 
     followed = Schedule() if lam == "paper" else None if schedule is None else read_schedule(schedule)
-    rest = {name: value for name, value in given.items() if name not in ("lam", "schedule")}
-    return pick(Settings, rest, lam=None if isinstance(lam, str) else lam, schedule=followed)
+    return pick(Settings, given, lam=None if isinstance(lam, str) else lam, schedule=followed)

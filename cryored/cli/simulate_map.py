@@ -106,7 +106,7 @@ def simulate_map(structure: str, output: str, chains: str, bfactor_spread: float
     from cryored.simulation.map_of_model import MapOptions, simulate_map_file
 
     if given["like"] is not None:
-        for name in {"box", "angpix"} & options.named(click.get_current_context()):
+        for name in sorted({"box", "angpix"} & options.named(click.get_current_context())):
             raise click.UsageError(f"--like tells the grid; leave --{name} out.")
     features = options.pick(Features, given, spread=bfactor_spread, blobs=glycans)
     kept = tuple(chains.split(",")) if chains else ()

@@ -117,9 +117,8 @@ def simulate_pairs(
     if from_relion is not None:
         from cryored.simulation.harvest import HarvestOptions, harvest_files
 
-        if not _given(ctx, "angpix"):
-            given["angpix"] = None  # RELION's own
-        wanted = options.pick(HarvestOptions, given, manifest=given["split"])
+        own = given["angpix"] if _given(ctx, "angpix") else None
+        wanted = options.pick(HarvestOptions, given, angpix=own, manifest=given["split"])
         with bar("requests", 0) as advance:
             table = harvest_files(from_relion, given["truth"], output, wanted, progress=advance)
     else:

@@ -165,8 +165,7 @@ def train(
     from cryored.training.train import TrainOptions, train_files
 
     assert output is not None  # by the check
-    epochs = given.pop("epochs") or Recipe.epochs
-    recipe = options.pick(Recipe, given, epochs=epochs, input=given["input_kind"])
+    recipe = options.pick(Recipe, given, epochs=given["epochs"] or Recipe.epochs, input=given["input_kind"])
     chosen = options.pick(TrainOptions, given, command=shlex.join(["cryored", *sys.argv[1:]]))
     with bar("steps", recipe.steps or 1, time_left=False) as advance:
         model = train_files(tables, output, recipe, chosen, progress=advance)
