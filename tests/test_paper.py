@@ -289,6 +289,7 @@ def test_another_model_makes_a_run_outdated(experiment, refined, monkeypatch, tm
     assert experiment.state(A, "map") == "done"
 
 
+@pytest.mark.slow
 def test_records_suffice_to_go_on_elsewhere(done, refined, tmp_path):
     """Nothing that is done is done again, and tables and figures need no maps."""
     from paper.figures import draw_figures
@@ -536,6 +537,7 @@ def test_check_does_a_cell_again(done, refined, tmp_path):
         results.check(done, A, path, list(RUNS))
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_what_there_is(done, tmp_path):
     from paper.figures import draw_figures
 

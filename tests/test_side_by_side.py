@@ -65,6 +65,7 @@ def test_the_numbers_are_those_of_the_evaluation(table, tmp_path):
             assert row["median_crossing_gain_percent"] == 0
 
 
+@pytest.mark.slow
 def test_the_shipped_model(table, tmp_path):
     row = read_pairs(table)[0]
     (result,) = compare([side_by_side.model_method("cwred")], [row], tmp_path / "results.tsv")

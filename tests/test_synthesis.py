@@ -24,6 +24,8 @@ from cryored.simulation.structure import read_atoms
 from cryored.training import device_pairs as synthesis
 from cryored.training.device_pairs import Synthesis
 
+pytestmark = pytest.mark.slow  # each engine's pairs are made in a process of their own
+
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 ANGPIX, RESOLUTION = 4.0, 8.0
 BOXES = (24, 21)  # an even and an odd one

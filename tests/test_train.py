@@ -139,6 +139,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tables, tmp_path):
     assert steps == [3, 4]
 
 
+@pytest.mark.slow
 def test_resuming_without_a_checkpoint_begins_anew(tables, tmp_path):
     steps = []
     train(tables, tmp_path / "p", replace(TINY, steps=2), resume=True, progress=lambda done, *_: steps.append(done))
@@ -164,6 +165,7 @@ def test_what_is_left_in_the_folder(uninterrupted):
     assert [line.split(",")[2] != "" for line in lines[1:]] == [True, False, True, False, True]
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept(tables, tmp_path):
     """A rate that spoils the network: what is kept is the best step of the curve, and not the last."""
     recipe = replace(TINY, steps=12, schedule="constant", learning_rate=0.3, validate_every=2)
@@ -178,6 +180,7 @@ def test_the_best_step_is_kept(tables, tmp_path):
     assert again == pytest.approx(values[best], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_model_is_plain_whatever_trained_it(tables, tmp_path):
     """Neither penalty nor bfloat16 stay in the file."""
     recipe = replace(TINY, steps=2, mixed_precision=True, l2=0.1)
@@ -206,6 +209,7 @@ def test_the_card(uninterrupted, tables):
     assert [row["maps"] for row in card.evaluation["simulated_pairs"]] == [2, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_curves_are_drawn(tables, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "curves.png"
@@ -216,6 +220,7 @@ def test_the_curves_are_drawn(tables, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_curves(tables, tmp_path):
     import tensorflow as tf
     from tensorflow.core.util import event_pb2
@@ -238,6 +243,7 @@ def test_tensorboard_without_anything_that_writes_for_it(tmp_path, monkeypatch):
         device.summary_writer(tmp_path)
 
 
+@pytest.mark.slow
 def test_pairs_are_made_of_the_truths(tables, tmp_path):
     rows = read_pairs(tables[0])
     truths = read_truths(rows)
@@ -265,6 +271,7 @@ def test_patches_that_do_not_fit(tables, tmp_path):
     assert not (tmp_path / "prior").exists()
 
 
+@pytest.mark.slow
 def test_bad_pairs_are_refused_or_left_out(tmp_path, caplog):
     table = write_tables(tmp_path, "train.star", ["a", "b"])
     rows = read_pairs(table)
@@ -342,6 +349,7 @@ def test_a_gpu_that_is_not_there(tables, tmp_path):
 # Command
 
 
+@pytest.mark.slow
 def test_the_example_of_the_help_runs(tables, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder, structure in (("pairs", "a"), ("held_out", "d")):
@@ -398,6 +406,7 @@ def test_another_engine(tables, tmp_path, engine):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())  # float32 sums in another order
 
 
+@pytest.mark.slow
 def test_a_start_from_another_model(tables, tmp_path, uninterrupted):
     """With steps too small to change a weight, the result is the start; the card names it."""
     recipe = replace(TINY, steps=1, learning_rate=1e-12, l2=0.0)

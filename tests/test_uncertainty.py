@@ -297,6 +297,7 @@ def run(halves, models):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_maps_and_the_script(run, model):
     outputs = ["-o", "maps/a b.mrc", "--uncertainty", "sigma.mrc", "--chimerax", "maps/show.cxc"]
     done = run("half1.mrc", "--half2", "half2.mrc", *outputs)

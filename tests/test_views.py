@@ -139,6 +139,7 @@ def test_features_are_for_gaussian_maps(tmp_path, assert_one_line_error):
     assert_one_line_error(CliRunner().invoke(cli, words), "features of real maps are for the method gaussian")
 
 
+@pytest.mark.slow
 def test_pairs_of_featured_density(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for method in ("featured", "intermediates"):

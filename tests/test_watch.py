@@ -95,6 +95,7 @@ def server(lam=0.0, model="cwred", files=AS_ASKED, **options):
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7])
+@pytest.mark.slow
 def test_an_order_gets_what_red_update_gives(project, lam):
     expected = cold(HALVES[0], "--lambda", str(lam), "--cpu")
     order = Order(star(HALVES[0]))
@@ -153,6 +154,7 @@ def test_a_network_that_fails_is_no_end(project, monkeypatch):
     assert again.said == ["accepted", "done"]
 
 
+@pytest.mark.slow
 def test_a_gpu_short_of_memory_shows(project, monkeypatch):
     """The network runs on the CPU then, and table and log say so."""
     whole, load = Denoiser._predict, Denoiser.load
