@@ -196,11 +196,14 @@ def test_crops_keep_map_and_error_together(samples):
 
 
 def test_the_loss_is_least_where_estimate_and_variance_are_right():
+    from keras import ops
+
     error = rng().normal(scale=0.3, size=(1, 8, 8, 8)).astype(np.float32)
-    true = np.stack([error, np.full_like(error, 1 / 0.09)], axis=-1)
+    true = ops.convert_to_tensor(np.stack([error, np.full_like(error, 1 / 0.09)], axis=-1))
 
     def loss(estimate, logarithm):
-        return float(loss_of(0.1)(true, np.stack([estimate, np.full_like(error, logarithm)], axis=-1)))
+        found = np.stack([estimate, np.full_like(error, logarithm)], axis=-1)
+        return float(loss_of(0.1)(true, ops.convert_to_tensor(found)))
 
     right = loss(np.zeros_like(error), np.log(0.09))
     assert right < loss(np.zeros_like(error), np.log(0.03))
