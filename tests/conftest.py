@@ -7,7 +7,8 @@ import pytest
 
 
 def pytest_configure(config):
-    """Keep what JAX compiles: it does so operation by operation, and each test with it is a new process."""
+    """Print through a buffer, as in users' shells, and keep what JAX compiles for the next process."""
+    os.environ.pop("PYTHONUNBUFFERED", None)
     if not hasattr(config, "cache"):
         return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))

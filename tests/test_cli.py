@@ -256,7 +256,13 @@ def test_head():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize(
     "arguments",
-    [["fsc", HALF1, HALF2, "-q"], ["fsc", HALF1, HALF2, "-q", "--xml", "-"], [*MAP, "-o", "-"]],
+    [
+        ["--help"],
+        ["fsc", HALF1, HALF2, "-q"],
+        ["fsc", HALF1, HALF2, "-q", "--xml", "-"],
+        [*MAP, "-o", "-"],
+        ["lambda-schedule", "--resolution", "5", "-q"],
+    ],
     ids=lambda words: "-".join(Path(word).stem for word in words),
 )
 def test_a_full_disk_behind_standard_output(arguments):

@@ -42,6 +42,14 @@ class _Failure(click.ClickException):
         click.echo(f"{self._program}: error: {self.message}", err=True)
 
 
+def _drop_unwritten() -> None:
+    """Keep the interpreter from writing once more, as it exits, what standard output did not take."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Program(click.Command):
     """A command that tells of its errors in one line; see `run_program`."""
 
@@ -53,10 +61,11 @@ class Program(click.Command):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # `cryored ... | head -1`: the reader has what it wants. Keep the interpreter from flushing again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # `cryored ... | head -1`: the reader has what it wants.
+            _drop_unwritten()
             ctx.exit(141)
         except (CryoredError, OSError, MemoryError) as error:
+            _drop_unwritten()
             if verbosity(ctx) >= 2:
                 raise
             raise _Failure(str(ctx.find_root().info_name), in_words(error)) from error
@@ -125,4 +134,11 @@ def run_program(command: click.Command, name: str, *, if_interrupted: str = "int
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except OSError as error:  # of --help and --version, which print before a command is invoked
+        from cryored.errors import in_words
+
+        _drop_unwritten()
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"{name}: error: {in_words(error)}", err=True)
+        sys.exit(141 if isinstance(error, BrokenPipeError) else 1)
     sys.exit(status if isinstance(status, int) else 0)
