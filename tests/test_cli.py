@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from cryored import __version__
-from cryored.cli import COMMANDS, cli
+from cryored.cli import COMMANDS, cli, options
 
 DATA = Path(__file__).parent / "data"
 STRUCTURE = str(DATA / "structures" / "6M2B.cif.gz")
@@ -122,6 +126,23 @@ def test_options_have_help_and_tell_their_default(command, option):
         assert "[default: " in record[1], record
     if option.is_flag and option.secondary_opts:  # --gpu/--cpu: which of the two?
         assert "default: " in record[1], record
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, id="-".join(path)) for path, command in LEAVES])
+def test_no_option_is_dropped_on_the_way(command):
+    """What a command does not name it hands on to a dataclass, by the names of its fields."""
+    function = inspect.unwrap(command.callback)
+    source = inspect.getsource(sys.modules[function.__module__]) + inspect.getsource(options.settings)
+    # A name in quotes counts where it is used, not where an option is declared ("--name").
+    named = {*inspect.signature(function).parameters, *re.findall(r'"(\w+)"', source)}
+    fields = set()
+    for module, names in re.findall(r"from (cryored\S+) import ([^\n]+)", source):
+        for name in names.split(", "):
+            found = getattr(importlib.import_module(module), name, None)
+            if dataclasses.is_dataclass(found):
+                fields |= {field.name for field in dataclasses.fields(found)}
+    left = {option.name for option in command.params if option.expose_value} - named - fields
+    assert left == set()
 
 
 @pytest.mark.parametrize("name", ["--angpix", "--mask", "--model", "--seed", "--gpu", "--threads", "--overwrite"])
