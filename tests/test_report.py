@@ -102,7 +102,7 @@ def test_weights_are_drawn_for_the_latest_iteration(tmp_path):
 def watching(run, stop, **options):
     updater = Updater(Settings(lam=0.0), Denoiser(find_model("cwred"), gpu=False))
     thread = threading.Thread(
-        target=watch_folder, args=(str(run), updater, AS_ASKED, WatchOptions(**options)), kwargs={"stop": stop}
+        target=watch_folder, args=(str(run), updater, AS_ASKED, WatchOptions(**options)), kwargs={"stop": stop.is_set}
     )
     thread.start()
     return thread

@@ -37,6 +37,33 @@ from cryored.cli import main
 main()
 """
 
+# A watcher that waits, 40 times over: SIGTERM comes at its first call of a Python function, its second, ...
+EACH_CALL = """
+import signal, sys
+from cryored.cli.watch import _ending
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import find_model
+from cryored.refinement.mailbox import Inbox
+from cryored.refinement.red_update import AS_ASKED
+from cryored.refinement.updater import Settings, Updater
+from cryored.refinement.watcher import WatchOptions, watch_folder
+
+updater = Updater(Settings(lam=0.0), Denoiser(find_model("cwred"), gpu=False))
+for last in range(40):
+    calls = None
+    def count(frame, event, argument):
+        global calls
+        if event == "call" and (calls is not None or frame.f_code is Inbox.waiting.__code__):
+            calls = (calls or 0) + 1
+            if calls > last:
+                sys.setprofile(None)
+                signal.raise_signal(signal.SIGTERM)
+    with _ending() as stop:
+        sys.setprofile(count)
+        watch_folder("run", updater, AS_ASKED, WatchOptions(), stop=stop)
+    print("ended")
+"""
+
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
@@ -268,6 +295,11 @@ def test_a_signal_in_the_middle_ends_it_after_the_request(watch, number):
     assert watcher.wait(10) == 0
     check(HALVES[0], ["watch"])
     assert presence()["state"].strip() == "ended"
+
+
+def test_a_signal_may_come_at_any_moment(project):
+    done = subprocess.run([sys.executable, "-c", EACH_CALL], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n" * 40, "")
 
 
 def test_a_folder_that_is_deleted_ends_it(watch):

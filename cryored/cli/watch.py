@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,19 +96,21 @@ def _found(model: str) -> str:
 
 
 @contextmanager
-def _ending() -> Iterator[threading.Event]:
-    """Give the event that the first Control-C or SIGTERM sets; a second one interrupts."""
-    stop = threading.Event()
+def _ending() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether Control-C or SIGTERM has come; a second one interrupts."""
+    # A plain name: the lock of a threading.Event may be held by the very code that the signal interrupts.
+    asked = False
 
     def end(number: int, frame: object) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
-        stop.set()
+        asked = True
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, end) for number in numbers]
     try:
-        yield stop
+        yield lambda: asked
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -359,9 +358,9 @@ def watch_folder(
     options: WatchOptions,
     *,
     console: Console | None = None,
-    stop: threading.Event,
+    stop: Callable[[], bool],
 ) -> None:
-    """Serve the requests of one folder until `stop` is set; see the help of ``cryored watch``.
+    """Serve the requests of one folder until `stop` says so; see the help of ``cryored watch``.
 
     Parameters
     ----------
@@ -373,8 +372,8 @@ def watch_folder(
     options : WatchOptions
     console : rich.console.Console, optional
         Terminal for a live table; without one each request is a line in the log.
-    stop : threading.Event
-        Set it from a signal handler; the current requests are answered first.
+    stop : callable
+        Tells whether to end; the current requests are answered first.
 
     Raises
     ------
@@ -408,13 +407,13 @@ def watch_folder(
 
         end, told = RunEnd(place), False
         table.state("waiting")
-        while not stop.is_set() and not (told and options.until_done):
+        while not stop() and not (told and options.until_done):
             presence.check()
             orders: Sequence[Order] = handed_over() or (looking.orders() if looking else [])
             if orders:
                 table.state(f"busy {_name(orders[0])}")
                 server.serve(orders, handed_over)
-                if pages is not None and (stop.is_set() or not inbox.waiting()):
+                if pages is not None and (stop() or not inbox.waiting()):
                     _keep(pages.write)
                 table.state("waiting")
                 told = False
@@ -423,7 +422,7 @@ def watch_folder(
                 logger.info("%s: RELION has ended the run", folder)
                 table.state("RELION has ended the run")
             else:
-                stop.wait(_LOOK_EVERY)
+                time.sleep(_LOOK_EVERY)
         if pages is not None:
             _keep(lambda: pages.close(run_state(place)))
         table.state("ended")
