@@ -86,6 +86,7 @@ def main(
                 # In a process of its own: Linux counts the memory of the parent at the fork as the child's.
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
                     aside.submit(write_halves, folder, box, pad, angpix).result()
+                os.sync()  # or the disk still writes the arrays while the first answers are timed
                 relion = ["", ""]
                 if not no_relion and shutil.which("relion_external_reconstruct") is not None:
                     seconds, mebibytes = run_relion(folder)

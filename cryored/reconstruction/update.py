@@ -10,7 +10,7 @@ exists as a whole, which takes half the time and a fraction of the memory of one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ _LEAST = 1e-30  # least pad**3 * tau2_fudge * tau2: no data outweigh its inverse
 
 Array = npt.NDArray[np.float32]
 Shells = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 T = TypeVar("T")
 
 
@@ -54,6 +55,8 @@ class Accumulators:
     ori: int
     pad: float
     r_max: int
+    # Mean weights by shell, which a request's maps share: a pass over K takes as long as the FFTs.
+    _means: list[Shells] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def n(self) -> int:
@@ -163,10 +166,8 @@ def estimated_fsc(sums: Accumulators, tau2: Shells, *, threads: int | None = Non
     -------
     (ori // 2 + 1,) float64; 0 from r_max on.
     """
-    end = _known(sums)
-    bins = _round_array(np.sqrt(np.arange(end + 1, dtype=np.float64)) / sums.pad)
-    bins = np.minimum(bins, sums.r_max)
-    mean = _radial_mean(sums, bins, lambda weight, k2: weight, threads or default_threads())
+    bins = np.minimum(_round_array(np.sqrt(np.arange(_known(sums), dtype=np.float64)) / sums.pad), sums.r_max)
+    mean = _radial_sums(sums, bins, threads or default_threads()) / np.maximum(_radial_counts(sums, bins), 1)
     ratio = sums.pad**3 * tau2[: sums.r_max] * mean
     fsc = np.zeros(len(tau2))
     fsc[: sums.r_max] = ratio / (1 + ratio)
@@ -226,50 +227,74 @@ class _Tables:
 def _floor(sums: Accumulators, added: Shells, empty: npt.NDArray[np.bool_] | None, threads: int) -> Shells:
     """Return a thousandth of the mean denominator in each shell FLOOR(|k| / pad) below r_max."""
     end = _round((sums.r_max * sums.pad) ** 2)  # RELION's bound here, not the square of the rounded radius
-    bins = (np.sqrt(np.arange(end + 1, dtype=np.float64)) / sums.pad).astype(np.intp)
-    bins[end] = sums.r_max
-    known = _known(sums)
+    bins = np.minimum((np.sqrt(np.arange(end, dtype=np.float64)) / sums.pad).astype(np.intp), sums.r_max)
+    if not sums._means:
+        sums._means.append(_radial_sums(sums, bins, threads))
+    total = sums._means[0] + _radial_counts(sums, bins, added)
+    if empty is not None:
 
-    def denominator(weight: Array, k2: npt.NDArray[np.int32]) -> Array:
-        table = np.minimum(k2, len(added) - 1)
-        total = weight + np.take(added, table)
-        if empty is not None:
-            total += np.where(np.take(empty, table) & (weight > 1e-20), 1 / (1e-3 * np.maximum(weight, 1e-20)), 0)
-        total[k2 >= known] = 0.0
-        return total
+        def own(weight: Array, k2: Indices) -> Array:
+            return np.where(np.take(empty, k2, mode="clip") & (weight > 1e-20), _own_prior(weight), 0)
 
-    return _FLOOR * _radial_mean(sums, bins, denominator, threads)
+        total += _radial_sums(sums, bins, threads, own)
+    return _FLOOR * total / np.maximum(_radial_counts(sums, bins), 1)
 
 
-def _radial_mean(
-    sums: Accumulators, bins: npt.NDArray[np.intp], value: Callable[[Array, npt.NDArray[np.int32]], Array], threads: int
+def _own_prior(weight: Array) -> Array:
+    """Return what is added to K where tau2 is 0 although there are data."""
+    return 1 / (np.float32(1e-3) * np.maximum(weight, np.float32(1e-20)))
+
+
+def _radial_sums(
+    sums: Accumulators, bins: Indices, threads: int, value: Callable[[Array, Indices], Array] | None = None
 ) -> Shells:
-    """Return the mean of a function of K and k**2 in each of the first r_max bins.
+    """Return the sum of K, or of a function of K and k**2, over the known coefficients of each bin below r_max.
 
     Parameters
     ----------
-    bins : (end + 1,) intp
-        Bin of each k**2; the last entry, r_max, stands for all from there on.
+    bins : (end,) intp
+        Bin of each k**2; from `end` on none is counted.
     """
-    end = len(bins) - 1
-    reach = min(int(np.sqrt(end - 1)), sums.n // 2)
-    kz, rows, kx = _kept(sums.n, reach)
+    end = min(len(bins), _known(sums))
+    ends = np.append(bins[:end], sums.r_max)  # what comes after the last goes into a bin that is left out
+    kz, rows, kx = _kept(sums.n, min(int(np.sqrt(end - 1)), sums.n // 2))
+    z2 = _squares(sums.n)[kz]
+    in_plane = _squares(sums.n)[rows][:, None] + (kx**2)[None, :]
 
-    def shell_sums(part: slice) -> tuple[Shells, Shells]:
-        index = kz[part]
-        k2 = _k2(frequencies(sums.n)[index], frequencies(sums.n)[rows], kx)
-        total = value(sums.weight[index][:, rows, : reach + 1], k2)
-        shell = np.take(bins, np.minimum(k2, end)).ravel()
-        size = sums.r_max + 1
-        return np.bincount(shell, total.ravel(), size).astype(np.float64), np.bincount(shell, minlength=size).astype(
-            np.float64
-        )
+    def shell_sums(part: slice) -> Shells:
+        k2 = z2[part, None, None] + in_plane
+        weight = _pick(sums.weight, kz[part], rows, len(kx))
+        found = weight if value is None else value(weight, k2)
+        bin_of = np.take(ends, k2, mode="clip")
+        return np.bincount(bin_of.ravel(), found.ravel(), sums.r_max + 1).astype(np.float64)
 
-    planes = max(1, _SLAB // (len(rows) * (reach + 1)))
-    found = parallel(shell_sums, parts(len(kz), planes), threads)
-    total = np.sum([item[0] for item in found], axis=0)[: sums.r_max]
-    count = np.sum([item[1] for item in found], axis=0)[: sums.r_max]
-    return total / np.maximum(count, 1)
+    planes = max(1, _SLAB // in_plane.size)
+    return np.sum(parallel(shell_sums, parts(len(kz), planes), threads), axis=0)[: sums.r_max]
+
+
+def _radial_counts(sums: Accumulators, bins: Indices, weights: Shells | None = None) -> Shells:
+    """Return how many coefficients each bin below r_max has, or the sum of a function of k**2 over them.
+
+    Parameters
+    ----------
+    bins : (end,) intp
+        Bin of each k**2.
+    weights : (any,) float64, optional
+        Of each k**2; the last one of all beyond.
+    """
+    end = len(bins)
+    squares, times = np.unique(_squares(sums.n), return_counts=True)
+    line = np.zeros(end)
+    line[squares[squares < end]] = times[squares < end]
+    plane, count = np.zeros(end), np.zeros(end)
+    for square, number in zip(squares[squares < end], times, strict=False):
+        plane[square:] += number * line[: end - square]
+    for square in np.arange(sums.n // 2 + 1) ** 2:
+        if square < end:
+            count[square:] += plane[: end - square]
+    if weights is not None:
+        count *= np.take(weights, np.arange(end), mode="clip")
+    return np.bincount(bins, count, sums.r_max + 1)[: sums.r_max].astype(np.float64)
 
 
 def _known(sums: Accumulators) -> int:
@@ -283,22 +308,19 @@ def _quotient_columns(
     """Divide, and transform along z; return the map's z window: (ori, rows kept, columns kept) complex64."""
     n, ori = sums.n, sums.ori
     kz, rows, kx = _kept(n, tables.reach)
-    z = frequencies(n)[kz]
+    in_plane = _squares(n)[kz][:, None] + (kx**2)[None, :]
     result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64)
-    last = len(tables.prior) - 1
 
     def divide(part: slice) -> None:
         row = rows[part]
-        k2 = np.minimum(_k2(z, frequencies(n)[row], kx), last)
+        # Clipped as an index: the last entry of a table stands for everything outside.
+        k2 = in_plane[:, None, :] + _squares(n)[row][None, :, None]
         weight = _pick(sums.weight, kz, row, len(kx))
-        if tables.empty is None:
-            denominator = weight + np.take(tables.prior, k2)
-        else:
-            own = 1 / (np.float32(1e-3) * np.maximum(weight, np.float32(1e-20)))
-            denominator = weight + np.where(
-                np.take(tables.empty, k2), np.where(weight > 1e-20, own, 0), np.take(tables.prior, k2)
-            )
-        np.maximum(denominator, np.take(tables.floor, k2), out=denominator)
+        added = np.take(tables.prior, k2, mode="clip")
+        if tables.empty is not None:
+            own = np.where(weight > 1e-20, _own_prior(weight), 0)
+            added = np.where(np.take(tables.empty, k2, mode="clip"), own, added)
+        denominator = np.maximum(weight + added, np.take(tables.floor, k2, mode="clip"))
         column = np.zeros((n, len(row), len(kx)), dtype=np.complex64)
         quotient = np.empty(k2.shape, dtype=np.complex64)
         if source is None:
@@ -308,12 +330,12 @@ def _quotient_columns(
             prior = _transform_z(source[:, part], n)[kz]
             quotient.real = _pick(sums.real, kz, row, len(kx))
             quotient.imag = _pick(sums.imag, kz, row, len(kx))
-            quotient += np.take(tables.pull, k2) * prior
+            quotient += np.take(tables.pull, k2, mode="clip") * prior
             # Part by part: a complex division rounds otherwise, and strength 0 is to be the MAP map to the bit.
             quotient.real /= denominator
             quotient.imag /= denominator
             if tables.limit is not None:
-                limit = np.take(tables.limit, k2)
+                limit = np.take(tables.limit, k2, mode="clip")
                 np.copyto(quotient, limit * prior, where=limit > 0)
         column[kz] = quotient
         column = scipy.fft.ifft(column, axis=0, norm="forward", overwrite_x=True, workers=1)
@@ -419,14 +441,15 @@ def _real_space_tables(ori: int, pad: float) -> tuple[npt.NDArray[np.float32], n
     return outside.astype(np.float32), gridding.astype(np.float32)
 
 
-def _kept(n: int, reach: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.int32]]:
+def _kept(n: int, reach: int) -> tuple[Indices, Indices, Indices]:
     """Return the indices along z and y of |k| <= reach, and the frequencies 0 to reach along x."""
     index = np.flatnonzero(np.abs(frequencies(n)) <= reach)
-    return index, index, np.arange(min(reach, n // 2) + 1, dtype=np.int32)
+    return index, index, np.arange(min(reach, n // 2) + 1)
 
 
-def _k2(z: npt.NDArray[np.int32], y: npt.NDArray[np.int32], x: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    return z[:, None, None] ** 2 + (y**2)[None, :, None] + (x**2)[None, None, :]
+def _squares(n: int) -> Indices:
+    """Return k**2 along an axis."""
+    return frequencies(n).astype(np.intp) ** 2
 
 
 def _pick(array: Array, z: npt.NDArray[np.intp], y: npt.NDArray[np.intp], width: int) -> Array:
