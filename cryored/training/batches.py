@@ -168,10 +168,12 @@ class PairStore:
             nothing = np.zeros(volume.shape, dtype=np.float16)
             return nothing, nothing, 0.0
         scale = np.float32(1 / standard.deviation)
-        mean_square = float(np.mean(np.square((wiener.data - target.data) * scale)))
+        error = (volume.data - target.data) * scale
+        wiener_error = error if volume is wiener else (wiener.data - target.data) * scale
+        mean_square = float(np.vdot(wiener_error, wiener_error)) / error.size
         return (
             standard.apply(volume.data).astype(np.float16),
-            ((volume.data - target.data) * scale).astype(np.float16),
+            error.astype(np.float16),
             1 / max(mean_square, _LEAST_ERROR),
         )
 
