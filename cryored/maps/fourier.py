@@ -71,12 +71,18 @@ def shell_index(shape: tuple[int, int, int]) -> Integers:
     return np.floor(spatial_frequency(shape, 1.0 / longest) + 0.5).astype(np.int32)
 
 
+def apply_filter(data: Floats, weights: Floats, threads: int | None = None) -> Floats:
+    """Multiply the half-transform of a map by weights of its shape; where the centre is makes no difference."""
+    workers = threads or default_threads()
+    transform = scipy.fft.rfftn(data, workers=workers)
+    transform *= weights
+    return scipy.fft.irfftn(transform, s=data.shape, overwrite_x=True, workers=workers)
+
+
 def apply_shells(data: Floats, weights: Floats, threads: int | None = None) -> Floats:
     """Multiply each shell of a map by a weight; beyond the last weight the map becomes 0."""
     index = np.minimum(shell_index(data.shape), len(weights))
-    transform = scipy.fft.rfftn(data, workers=threads or default_threads())  # a filter does not ask where the centre is
-    transform *= np.append(weights, 0.0).astype(np.float32)[index]
-    return scipy.fft.irfftn(transform, s=data.shape, overwrite_x=True, workers=threads or default_threads())
+    return apply_filter(data, np.append(weights, 0.0).astype(np.float32)[index], threads)
 
 
 def low_pass(data: Floats, voxel_size: float, resolution: float, threads: int | None = None) -> Floats:

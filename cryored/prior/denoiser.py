@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError, ModelError
-from cryored.maps.fourier import forward, inverse, spatial_frequency
+from cryored.maps.fourier import apply_filter, spatial_frequency
 from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
 from cryored.maps.volume import Volume, raised_cosine, window
@@ -311,14 +311,19 @@ class Denoiser:
         """Return a map without its error (z, y, x), which is standardised and at the model's pixel size."""
         if seen.deviation == 0:
             return volume  # constant
-        card = self.model.card
-        error = from_grid(error * np.float32(seen.deviation), seen.grids).astype(np.float32, copy=False)
-        if volume.voxel_size >= card.pixel_size * (1 - SAME_PIXEL):
-            return volume.with_data(volume.data - error)
-        weight = crossover(spatial_frequency(volume.shape, volume.voxel_size), volume.voxel_size, card.pixel_size)
-        faded = forward(error, self.threads) * weight
-        kept = forward(volume.data, self.threads) * (1 if card.input == "regularised" else weight)
-        return volume.with_data(inverse(kept - faded, volume.shape, self.threads).astype(np.float32))
+        error = error * np.float32(seen.deviation)
+        card, data = self.model.card, volume.data
+        if volume.voxel_size < card.pixel_size * (1 - SAME_PIXEL):
+            # On the network's grid, which is the smaller one and holds all frequencies that the weight leaves.
+            error = self._faded(error, volume.voxel_size * seen.grids[0].padded / seen.grids[0].resampled, volume)
+            if card.input == "unregularised":
+                data = self._faded(data, volume.voxel_size, volume)
+        return volume.with_data(data - from_grid(error, seen.grids).astype(np.float32, copy=False))
+
+    def _faded(self, data: Array, voxel_size: float, volume: Volume) -> Array:
+        """Filter what belongs to a map that is finer than the model, as the prior's weight fades."""
+        weight = crossover(spatial_frequency(data.shape, voxel_size), volume.voxel_size, self.model.card.pixel_size)
+        return apply_filter(data, weight.astype(np.float32, copy=False), self.threads)
 
     def _outputs(self, data: Array, told: Array | None) -> Array:
         """Return what `_predict` does, of maps of any size; short of memory in smaller pieces, then on the CPU."""

@@ -305,11 +305,14 @@ def _known(sums: Accumulators) -> int:
 def _quotient_columns(
     sums: Accumulators, tables: _Tables, source: npt.NDArray[np.complex64] | None, threads: int
 ) -> npt.NDArray[np.complex64]:
-    """Divide, and transform along z; return the map's z window: (ori, rows kept, columns kept) complex64."""
+    """Divide, and transform along z; return the map's z window: (ori, rows kept, columns kept) complex64.
+
+    It takes the place of the source.
+    """
     n, ori = sums.n, sums.ori
     kz, rows, kx = _kept(n, tables.reach)
     in_plane = _squares(n)[kz][:, None] + (kx**2)[None, :]
-    result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64)
+    result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64) if source is None else source
 
     def divide(part: slice) -> None:
         row = rows[part]

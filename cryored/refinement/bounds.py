@@ -100,7 +100,7 @@ def bounds(
 
     def peak(together: int, tile: int) -> int:
         network = 0 if on_gpu else network_memory(card, (side,) * 3, tile, together)
-        return ENGINE + together * 2 * volume + max(network, 2 * half + volume)
+        return ENGINE + together * 2 * volume + max(network, half + volume)
 
     return Bounds(arrays, peak(requests, denoiser.edge), peak(1, smallest_tile(card)), seconds)
 
