@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -258,15 +259,20 @@ def _radial_sums(
     end = min(len(bins), _known(sums))
     ends = np.append(bins[:end], sums.r_max)  # what comes after the last goes into a bin that is left out
     kz, rows, kx = _kept(sums.n, min(int(np.sqrt(end - 1)), sums.n // 2))
+    mirrored = _mirrored(rows)
+    above = len(rows) - mirrored
     z2 = _squares(sums.n)[kz]
     in_plane = _squares(sums.n)[rows][:, None] + (kx**2)[None, :]
 
     def shell_sums(part: slice) -> Shells:
         k2 = z2[part, None, None] + in_plane
-        weight = _pick(sums.weight, kz[part], rows, len(kx))
-        found = weight if value is None else value(weight, k2)
-        bin_of = np.take(ends, k2, mode="clip")
-        return np.bincount(bin_of.ravel(), found.ravel(), sums.r_max + 1).astype(np.float64)
+        found = _pick(sums.weight, kz[part], rows, len(kx))
+        if value is not None:
+            found = value(found, k2)
+        # Of y and -y together, which halves the work.
+        found[:, 1 : mirrored + 1] += found[:, : -mirrored - 1 : -1]
+        bin_of = np.take(ends, k2[:, :above], mode="clip")
+        return np.bincount(bin_of.ravel(), found[:, :above].ravel(), sums.r_max + 1).astype(np.float64)
 
     planes = max(1, _SLAB // in_plane.size)
     return np.sum(parallel(shell_sums, parts(len(kz), planes), threads), axis=0)[: sums.r_max]
@@ -282,19 +288,23 @@ def _radial_counts(sums: Accumulators, bins: Indices, weights: Shells | None = N
     weights : (any,) float64, optional
         Of each k**2; the last one of all beyond.
     """
-    end = len(bins)
-    squares, times = np.unique(_squares(sums.n), return_counts=True)
-    line = np.zeros(end)
+    count = _lattice(sums.n, len(bins))
+    if weights is not None:
+        count = count * np.take(weights, np.arange(len(bins)), mode="clip")
+    return np.bincount(bins, count, sums.r_max + 1)[: sums.r_max].astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _lattice(n: int, end: int) -> Shells:
+    """Return how many coefficients of a half-transform there are at each k**2 below `end`."""
+    squares, times = np.unique(_squares(n), return_counts=True)
+    line, plane, count = np.zeros(end), np.zeros(end), np.zeros(end)
     line[squares[squares < end]] = times[squares < end]
-    plane, count = np.zeros(end), np.zeros(end)
     for square, number in zip(squares[squares < end], times, strict=False):
         plane[square:] += number * line[: end - square]
-    for square in np.arange(sums.n // 2 + 1) ** 2:
-        if square < end:
-            count[square:] += plane[: end - square]
-    if weights is not None:
-        count *= np.take(weights, np.arange(end), mode="clip")
-    return np.bincount(bins, count, sums.r_max + 1)[: sums.r_max].astype(np.float64)
+    for square in squares[squares < end]:
+        count[square:] += plane[: end - square]
+    return count
 
 
 def _known(sums: Accumulators) -> int:
@@ -311,35 +321,44 @@ def _quotient_columns(
     """
     n, ori = sums.n, sums.ori
     kz, rows, kx = _kept(n, tables.reach)
-    in_plane = _squares(n)[kz][:, None] + (kx**2)[None, :]
+    mirrored = _mirrored(kz)
+    above = len(kz) - mirrored  # the planes of z >= 0 and, where it is kept, Nyquist; the others mirror them
+    in_plane = _squares(n)[kz[:above], None] + (kx**2)[None, :]
     result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64) if source is None else source
 
     def divide(part: slice) -> None:
         row = rows[part]
-        # Clipped as an index: the last entry of a table stands for everything outside.
         k2 = in_plane[:, None, :] + _squares(n)[row][None, :, None]
-        weight = _pick(sums.weight, kz, row, len(kx))
-        added = np.take(tables.prior, k2, mode="clip")
+
+        def apply(operation: np.ufunc, array: npt.NDArray[Any], table: npt.NDArray[Any]) -> None:
+            # Clipped as an index: the last entry of a table stands for everything outside.
+            values = np.take(table, k2, mode="clip")
+            operation(array[:above], values, out=array[:above])
+            operation(array[above:], values[mirrored:0:-1], out=array[above:])
+
+        denominator = _pick(sums.weight, kz, row, len(kx))
         if tables.empty is not None:
-            own = np.where(weight > 1e-20, _own_prior(weight), 0)
-            added = np.where(np.take(tables.empty, k2, mode="clip"), own, added)
-        denominator = np.maximum(weight + added, np.take(tables.floor, k2, mode="clip"))
-        column = np.zeros((n, len(row), len(kx)), dtype=np.complex64)
-        quotient = np.empty(k2.shape, dtype=np.complex64)
-        if source is None:
-            np.divide(_pick(sums.real, kz, row, len(kx)), denominator, out=quotient.real)
-            np.divide(_pick(sums.imag, kz, row, len(kx)), denominator, out=quotient.imag)
-        else:
+            here = np.zeros(denominator.shape, dtype=np.bool_)
+            apply(np.logical_or, here, tables.empty)
+            denominator += np.where(here & (denominator > 1e-20), _own_prior(denominator), 0)
+        apply(np.add, denominator, tables.prior)
+        apply(np.maximum, denominator, tables.floor)
+        quotient = np.empty(denominator.shape, dtype=np.complex64)
+        quotient.real = _pick(sums.real, kz, row, len(kx))
+        quotient.imag = _pick(sums.imag, kz, row, len(kx))
+        if source is not None:
             prior = _transform_z(source[:, part], n)[kz]
-            quotient.real = _pick(sums.real, kz, row, len(kx))
-            quotient.imag = _pick(sums.imag, kz, row, len(kx))
-            quotient += np.take(tables.pull, k2, mode="clip") * prior
-            # Part by part: a complex division rounds otherwise, and strength 0 is to be the MAP map to the bit.
-            quotient.real /= denominator
-            quotient.imag /= denominator
-            if tables.limit is not None:
-                limit = np.take(tables.limit, k2, mode="clip")
-                np.copyto(quotient, limit * prior, where=limit > 0)
+            pulled = prior.copy() if tables.limit is not None else prior
+            apply(np.multiply, pulled, tables.pull)
+            quotient += pulled
+        # Part by part: a complex division rounds otherwise, and strength 0 is to be the MAP map to the bit.
+        quotient.real /= denominator
+        quotient.imag /= denominator
+        if source is not None and tables.limit is not None:
+            limit = np.zeros(denominator.shape, dtype=np.float32)
+            apply(np.add, limit, tables.limit)
+            np.copyto(quotient, limit * prior, where=limit > 0)
+        column = np.zeros((n, len(row), len(kx)), dtype=np.complex64)
         column[kz] = quotient
         column = scipy.fft.ifft(column, axis=0, norm="forward", overwrite_x=True, workers=1)
         result[: ori // 2, part] = column[n - ori // 2 :]
@@ -448,6 +467,11 @@ def _kept(n: int, reach: int) -> tuple[Indices, Indices, Indices]:
     """Return the indices along z and y of |k| <= reach, and the frequencies 0 to reach along x."""
     index = np.flatnonzero(np.abs(frequencies(n)) <= reach)
     return index, index, np.arange(min(reach, n // 2) + 1)
+
+
+def _mirrored(index: Indices) -> int:
+    """Return how many indices along an axis, the last ones of `_kept`, stand for minus a frequency that is kept too."""
+    return (len(index) - 1) // 2
 
 
 def _squares(n: int) -> Indices:
