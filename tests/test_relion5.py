@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,14 +18,20 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import ModelError
-from cryored.files.mrc import read_volume
+from cryored.files.mrc import read_volume, write_volume
 from cryored.prior import device
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import DEFAULT_MODEL, find_model
 from cryored.refinement.mailbox import Inbox, Presence
+from cryored.refinement.updater import Settings, Updater
+from cryored.refinement.watcher import Server
 
 REPOSITORY = Path(__file__).parents[1]
-CASE = REPOSITORY / "tests" / "data" / "relion_requests" / "relion5_box48"
+CASES = REPOSITORY / "tests" / "data" / "relion_requests"
 HALF = "run/run_it003_half1_class001"
 JOINED = "run/run_it009_class001"
+CLASSES = ["run/run_it002_class001", "run/run_it002_class002"]
+BODIES = ["run/run_it003_half1_body001", "run/run_it003_half1_body002"]
 STAR = f"{HALF}_external_reconstruct.star"
 
 # Stands for cryored beside the hook: notes its arguments and the GPU's number.
@@ -36,8 +44,9 @@ echo noise
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """Make the recorded run's project folder the current one."""
-    shutil.copytree(CASE, tmp_path / "project")
+    """Make a project folder the current one that holds the requests of the recorded runs, all of other names."""
+    for case in CASES.glob("relion5_*"):
+        shutil.copytree(case, tmp_path / "project", dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path / "project")
     for name in [name for name in os.environ if name.startswith(("CRYORED_", "RELION_"))]:
         monkeypatch.delenv(name)
@@ -69,15 +78,54 @@ def noting(tmp_path):
     return tmp_path / "share" / "relion5"
 
 
-@pytest.mark.parametrize("root", [HALF, JOINED])
+def read(root, ending=""):
+    return read_volume(f"{root}_external_reconstruct{ending}.mrc")
+
+
+def difference(found, expected):
+    """Return the relative L2 difference over all voxels."""
+    return np.linalg.norm(found.data - expected.data) / np.linalg.norm(expected.data)
+
+
+def log(root):
+    (line,) = Path(f"{root}_cryored.log").read_text().splitlines()
+    return json.loads(line)
+
+
+@pytest.mark.parametrize("root", [HALF, JOINED, *CLASSES, *BODIES])
 def test_lambda_0_is_relion_5s_own_answer(root):
     good, out, err = call(f"{root}_external_reconstruct.star", "--lambda 0 --gpu -1 ")
     assert good, err
     assert out == "success\n"
-    found, expected = (
-        read_volume(f"{root}_external_reconstruct{ending}.mrc", angpix=2.0).data for ending in ("", "_expected_map")
-    )
-    assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(expected)
+    assert difference(read(root), read(root, "_expected_map")) < 1e-6
+    # From the request itself, for there is no _model.star.
+    assert read(root).voxel_size == (2.0 if root in (HALF, JOINED) else 3.0)
+
+
+@pytest.mark.parametrize("root", CLASSES)
+def test_a_class_goes_by_its_own_tau2_and_k(root):
+    good, _, err = call(f"{root}_external_reconstruct.star", " --gpu -1 ")
+    assert good, err
+    record = log(root)
+    assert record["fsc"] == "estimated from tau2 and K"
+    assert record["nominal_resolution"] == 24.0  # shell 4 of 96 A: the estimate is 0.09 and 0.13 in shell 5
+    # The prior has no weight at less than 18 A.
+    assert record["lambda"] == 0
+    assert difference(read(root), read(root, "_expected_map")) < 1e-6
+
+
+@pytest.mark.parametrize(("root", "resolution"), [(BODIES[0], 9.6), (BODIES[1], 10.667)])
+def test_a_body_goes_by_its_own_fsc(root, resolution):
+    """What stands in for the network is an empty map, which pulls the answer towards it."""
+    expected = read(root, "_expected_map")
+    write_volume("empty.mrc", expected.with_data(np.zeros_like(expected.data)).with_voxel_size(3.0), label="test")
+    good, _, err = call(f"{root}_external_reconstruct.star", "--denoised empty.mrc --gpu -1 ")
+    assert good, err
+    record = log(root)
+    assert (record["fsc"], record["nominal_resolution"]) == ("of the half-maps", resolution)
+    assert record["lambda"] == 1  # the calibrated weights, as they are
+    assert record["request"] == f"{root}_external_reconstruct.star"
+    assert np.linalg.norm(read(root).data) < 0.99 * np.linalg.norm(expected.data)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +193,16 @@ def test_the_watcher_answers():
         thread.join()
     assert answers[0][0], answers[0][2]
     assert not Path(f"{HALF}_external_reconstruct.mrc").exists()  # nobody else did it
+
+
+def test_the_watcher_shows_classes_and_bodies():
+    shown = []
+    updater = Updater(Settings(lam=0.0), Denoiser(find_model(DEFAULT_MODEL), gpu=False))
+    server = Server(Path("run"), updater, show=lambda entry, *rest: shown.append(entry))
+    roots = [*CLASSES, *BODIES]
+    server.serve([mock.Mock(star=f"{root}_external_reconstruct.star", folder=Path.cwd()) for root in roots])
+    assert [entry.error for entry in shown] == [""] * 4
+    assert [entry.label for entry in shown] == ["class 1", "class 2", "half 1 body 1", "half 1 body 2"]
 
 
 def test_relion_path():
