@@ -58,9 +58,9 @@ def to_grid(data: Floats, grids: tuple[Grid, Grid, Grid], fill: float) -> Floats
     return fourier_resize(padded, tuple(grid.resampled for grid in grids))
 
 
-def from_grid(data: Floats, grids: tuple[Grid, Grid, Grid]) -> Floats:
-    """Resample a map back along z, y, x and cut the padding off."""
-    padded = fourier_resize(data, tuple(grid.padded for grid in grids))
+def from_grid(data: Floats, grids: tuple[Grid, Grid, Grid], weights: Floats | None = None) -> Floats:
+    """Resample a map back along z, y, x and cut the padding off; `weights` filter it first, see `fourier_resize`."""
+    padded = fourier_resize(data, tuple(grid.padded for grid in grids), weights=weights)
     return window(padded, tuple(grid.size for grid in grids))
 
 
@@ -74,21 +74,28 @@ def interpolate(data: Floats, grids: tuple[Grid, Grid, Grid]) -> Floats:
     return affine_transform(data, step, first, output_shape=shape, order=1, mode="nearest")
 
 
-def fourier_resize(data: Floats, shape: tuple[int, ...], threads: int | None = None) -> Floats:
+def fourier_resize(
+    data: Floats, shape: tuple[int, ...], threads: int | None = None, *, weights: Floats | None = None
+) -> Floats:
     """Crop or pad the transform of a centred map so that it has `shape`; densities keep their values.
 
     The lone Nyquist coefficients of even axes are dropped where an axis changes: they have no partner to stay real
-    with.
+    with. `weights`, of the shape of the half-transform of `data`, multiply it.
     """
-    if data.shape == tuple(shape):
+    if data.shape == tuple(shape) and weights is None:
         return data
     workers = threads or default_threads()
-    transform = scipy.fft.rfftn(scipy.fft.ifftshift(data), workers=workers)
+    # Between even edges centre and corner differ by the same signs of the coefficients.
+    centred = any(n % 2 for n in (*data.shape, *shape))
+    transform = scipy.fft.rfftn(scipy.fft.ifftshift(data) if centred else data, workers=workers)
+    if weights is not None:
+        transform *= weights
     for axis, (old, new) in enumerate(zip(data.shape, shape, strict=True)):
         if old != new:
             transform = _resize_axis(transform, axis, old, new, half=axis == data.ndim - 1)
-    scale = np.float32(np.prod(shape) / data.size)
-    return scipy.fft.fftshift(scipy.fft.irfftn(transform, s=shape, workers=workers) * scale)
+    resized: Floats = scipy.fft.irfftn(transform, s=shape, overwrite_x=True, workers=workers)
+    resized *= np.prod(shape) / data.size
+    return scipy.fft.fftshift(resized) if centred else resized
 
 
 def _resize_axis(

@@ -121,9 +121,13 @@ def predict_tiled(network: Network, data: Array, *, tile: int, multiple: int, pr
     tile = max(_round_up(tile, multiple), _least_tile(multiple))
     padded_shape = tuple(_round_up(n, multiple) for n in data.shape[-3:])
     padded = window(data, (*data.shape[:-3], *padded_shape))
+    corners = list(itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)))
+    if len(corners) == 1:
+        found = network(np.ascontiguousarray(padded))
+        progress(1, 1)
+        return window(found, (*found.shape[:-3], *data.shape[-3:]))
     result: Array | None = None
     weight = np.zeros(padded_shape, dtype=np.float32)
-    corners = list(itertools.product(*(list(_starts(n, tile, multiple)) for n in padded_shape)))
     for done, corner in enumerate(corners, 1):
         part = tuple(slice(start, min(start + tile, n)) for start, n in zip(corner, padded_shape, strict=True))
         ramps = [_ramp(along, n) for along, n in zip(part, padded_shape, strict=True)]
@@ -311,19 +315,21 @@ class Denoiser:
         """Return a map without its error (z, y, x), which is standardised and at the model's pixel size."""
         if seen.deviation == 0:
             return volume  # constant
-        error = error * np.float32(seen.deviation)
-        card, data = self.model.card, volume.data
+        card, data, weights = self.model.card, volume.data, None
         if volume.voxel_size < card.pixel_size * (1 - SAME_PIXEL):
             # On the network's grid, which is the smaller one and holds all frequencies that the weight leaves.
-            error = self._faded(error, volume.voxel_size * seen.grids[0].padded / seen.grids[0].resampled, volume)
+            z, y, x = seen.grids
+            shape = z.resampled, y.resampled, x.resampled
+            weights = self._fading(shape, volume.voxel_size * z.padded / z.resampled, volume)
             if card.input == "unregularised":
-                data = self._faded(data, volume.voxel_size, volume)
-        return volume.with_data(data - from_grid(error, seen.grids).astype(np.float32, copy=False))
+                data = apply_filter(data, self._fading(volume.shape, volume.voxel_size, volume), self.threads)
+        error = from_grid(error * np.float32(seen.deviation), seen.grids, weights)
+        return volume.with_data(data - error.astype(np.float32, copy=False))
 
-    def _faded(self, data: Array, voxel_size: float, volume: Volume) -> Array:
-        """Filter what belongs to a map that is finer than the model, as the prior's weight fades."""
-        weight = crossover(spatial_frequency(data.shape, voxel_size), volume.voxel_size, self.model.card.pixel_size)
-        return apply_filter(data, weight.astype(np.float32, copy=False), self.threads)
+    def _fading(self, shape: tuple[int, int, int], voxel_size: float, volume: Volume) -> Array:
+        """Return the prior's weight for a map that is finer than the model, on the half-transform of a grid."""
+        weight = crossover(spatial_frequency(shape, voxel_size), volume.voxel_size, self.model.card.pixel_size)
+        return weight.astype(np.float32, copy=False)
 
     def _outputs(self, data: Array, told: Array | None) -> Array:
         """Return what `_predict` does, of maps of any size; short of memory in smaller pieces, then on the CPU."""

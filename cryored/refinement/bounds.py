@@ -14,7 +14,7 @@ from cryored.refinement.updater import Updater
 from cryored.threads import default_threads
 
 _PYTHON = 150 << 20  # bytes of Python with numpy, scipy and the compiled loops
-_MAP = 1.0e-7  # core seconds for each coefficient of the padded transform: the MAP map
+_MAP = 4.5e-8  # core seconds for each coefficient of the padded transform: the MAP map
 _PRIOR = 1.2  # times as much again for the update with the prior
 
 
