@@ -49,6 +49,7 @@ def arrays(sums):
     return np.asarray(sums.real) + 1j * np.asarray(sums.imag), np.asarray(sums.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", [1.0, 1.5, 2.0])
 def test_projected_and_back_projected_a_map_is_itself(pad):
     truth = blobs()

@@ -82,6 +82,7 @@ def test_help_of_a_command_loads_no_network():
     assert imported_after(commands, ["tensorflow", "keras", "torch", "matplotlib", "gemmi"]) == []
 
 
+@pytest.mark.slow
 def test_tensorflow_does_not_load_what_it_only_tries_for():
     """JAX and Matplotlib, a third of its start; what is drawn later is drawn all the same."""
     script = (
@@ -198,6 +199,7 @@ def test_input_errors_exit_1_with_one_line(arguments, message, tmp_path, monkeyp
     assert not (tmp_path / "a.mrc").exists()
 
 
+@pytest.mark.slow
 def test_vv_shows_the_traceback():
     done = cryored("fsc", "none.mrc", HALF2, "-vv")
     assert done.returncode == 1
@@ -207,6 +209,7 @@ def test_vv_shows_the_traceback():
     assert cryored("fsc", "none.mrc", HALF2, "-v").stderr.startswith("cryored: error: none.mrc: cannot be read")
 
 
+@pytest.mark.slow
 def test_quiet_leaves_errors_alone():
     done = cryored("fsc", HALF1, HALF2, "-q")
     assert done.returncode == 0
@@ -244,6 +247,7 @@ def test_options_come_from_the_environment_too(tmp_path):
 # Pipes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -305,6 +309,7 @@ def terminal():
         os.close(theirs)
 
 
+@pytest.mark.slow
 def test_maps_are_neither_read_from_nor_printed_on_a_terminal():
     with terminal() as screen:
         done = cryored(*MAP, "-o", "-", stdout=screen, stderr=subprocess.PIPE, capture_output=False)
@@ -315,6 +320,7 @@ def test_maps_are_neither_read_from_nor_printed_on_a_terminal():
         assert "standard input is a terminal: pipe a file into it or name one instead of '-'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("fsc", HALF1, HALF2, "--resolution-only"), ("mask", HALF1, "-o", "mask.mrc")])
 def test_a_terminal_sees_that_something_goes_on_and_a_pipe_does_not(tmp_path, words):
     program = "import os, pty, sys\nsys.exit(pty.spawn(sys.argv[1:], lambda d: os.read(d, 1 << 16)))"
@@ -338,6 +344,7 @@ def test_a_terminal_sees_that_something_goes_on_and_a_pipe_does_not(tmp_path, wo
 # Signals
 
 
+@pytest.mark.slow
 def test_control_c(tmp_path):
     """As a terminal sends it: to the command and to the processes that it has started."""
     words = ["simulate", "pairs", STRUCTURE, "-o", "pairs", "--number", "5000", "--box", "32", "--angpix", "4"]

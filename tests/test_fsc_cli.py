@@ -392,6 +392,7 @@ def test_plot_without_matplotlib_tells_what_to_install(run, tmp_path, monkeypatc
     assert "--plot needs matplotlib: pip install 'cryored[plot]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_example_of_the_help_runs(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (HALF1, HALF2, MASK):

@@ -295,6 +295,7 @@ def test_a_finished_refinement_is_only_harvested(relion, structures):
     assert len(read_pairs("out/6M2B_snr0.5/pairs/pairs.star")) == 4
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(relion, structures):
     arguments = [structures[0], "-o", "out", "--snr", "0.5", *SMALL]
     assert program(*arguments).exit_code == 0
@@ -308,6 +309,7 @@ def test_other_settings_are_refused(relion, structures):
     assert "settings.json: no readable JSON" in program(*arguments).stderr
 
 
+@pytest.mark.slow
 def test_relion_fails(relion, structures):
     relion("fail")
     done = run(*structures, "-o", "out", "--snr", "0.5", *SMALL)
@@ -319,6 +321,7 @@ def test_relion_fails(relion, structures):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_refinement_that_takes_too_long(relion, structures):
     relion("hang")
     done = program(structures[0], "-o", "out", "--snr", "0.5", "--timeout", "0.05", *SMALL)
@@ -327,6 +330,7 @@ def test_a_refinement_that_takes_too_long(relion, structures):
     assert_ended(int(Path("pid").read_text()))
 
 
+@pytest.mark.slow
 def test_relion_is_not_there(tmp_path, monkeypatch, structures):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = run(structures[0], "-o", tmp_path / "out")
@@ -336,6 +340,7 @@ def test_relion_is_not_there(tmp_path, monkeypatch, structures):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_structure_of_another_part_stops_before_anything(relion, structures):
     Path("split.csv").write_text("id,file,split\n6M2B,a.pdb,test\nhalf,half.pdb,train\n")
     done = run(*structures, "-o", "out", "--split", "split.csv", *SMALL)
@@ -349,6 +354,7 @@ def test_a_structure_of_another_part_stops_before_anything(relion, structures):
     assert read_star("out/half_snr0.5/pairs/pairs.star").text("made", "split") == "train"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_children(relion, structures, number):
     relion("hang")

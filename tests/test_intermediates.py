@@ -71,6 +71,7 @@ def pose_errors(monkeypatch, truth, experiment):
     return error(starts), error([(half._rotations, half._shifts) for half in seen])
 
 
+@pytest.mark.slow
 def test_the_particles_find_their_poses(monkeypatch, truth):
     before, after = pose_errors(monkeypatch, truth, EASY)
     assert before[0] == pytest.approx(8.0, rel=0.1)
@@ -79,6 +80,7 @@ def test_the_particles_find_their_poses(monkeypatch, truth):
     assert after[1] < 0.5 * before[1]
 
 
+@pytest.mark.slow
 def test_noise_limits_the_poses(monkeypatch, truth):
     good, bad = (
         pose_errors(monkeypatch, truth, dataclasses.replace(EASY, snr=snr))[1][0] for snr in (EASY.snr, EASY.snr / 50)
@@ -86,6 +88,7 @@ def test_noise_limits_the_poses(monkeypatch, truth):
     assert bad > 1.5 * good
 
 
+@pytest.mark.slow
 def test_without_noise_and_errors_the_truth_comes_back(truth):
     experiment = Experiment(number=400, snr=1e4, angle=0.0, pad=2.0)
     last = refine(truth, experiment)[-1]

@@ -244,6 +244,7 @@ def test_a_table_through_a_pipe(run):
     assert run("-", stdin=text).stdout == "1\n"
 
 
+@pytest.mark.slow
 def test_pipes_between_processes():
     first, second = (str(PKA / f"run_half{half}_class001_unfil.mrc") for half in (1, 2))
     command = [sys.executable, "-m", "cryored"]

@@ -146,6 +146,7 @@ def test_a_batch_of_stored_and_synthesised_patches(store, loss, root):
     assert np.all(np.asarray(everything) == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "l1"])
 def test_the_loss_of_an_untrained_network_is_that_of_its_input(store, loss):
     """Its output is 0, so that the error stays; whole boxes, whose weights hold exactly."""
@@ -256,6 +257,7 @@ def test_a_run_in_two_pieces_is_the_run_in_one(store, table, tmp_path, changes):
             np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance / 10)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(store, tmp_path, monkeypatch):
     network, make = start(store)
     state = State()
@@ -305,6 +307,7 @@ def test_a_checkpoint_of_another_recipe(store, tmp_path, changes):
     assert load_checkpoint(tmp_path / "checkpoint.npz", network, replace(TINY, steps=99, epochs=1)).step == 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path):
     network, make = start(store)
 
@@ -317,6 +320,7 @@ def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.npz", network, TINY).step == 2
 
 
+@pytest.mark.slow
 def test_the_note_tells_loss_validation_and_time_left(store, table, tmp_path):
     notes = []
     network, make = start(store)

@@ -248,6 +248,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, ramp, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_writing(tmp_path):
     """A limit on the size of files fails in the same call, write(2), as a full disk does."""
     (tmp_path / "a.mrc").write_bytes(b"old")

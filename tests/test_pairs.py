@@ -237,6 +237,7 @@ def test_a_draw_of_several_intermediates(structures, tmp_path, monkeypatch):
             np.testing.assert_array_equal(read_volume(name).data, data)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_whatever_the_processes(made, structures, tmp_path):
     """And whatever the order of the structures: only the rows come in it."""
     simulate(structures[::-1], tmp_path, jobs=2)
@@ -405,6 +406,7 @@ def with_bad(structures, tmp_path):
     return [str(tmp_path / "large.pdb"), structures[1], str(tmp_path / "empty.pdb")]
 
 
+@pytest.mark.slow
 def test_a_bad_structure_stops_the_run_and_what_is_finished_stays(made, with_bad, tmp_path):
     folder = tmp_path / "pairs"
     with pytest.raises(InputError, match=r"empty.pdb: "):
@@ -416,6 +418,7 @@ def test_a_bad_structure_stops_the_run_and_what_is_finished_stays(made, with_bad
         assert path.read_bytes() == (made / path.name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_bad_structures_are_left_out_and_listed(made, with_bad, tmp_path, caplog, jobs):
     table = simulate(with_bad, tmp_path / "pairs", skip_bad=True, jobs=jobs)

@@ -186,6 +186,7 @@ def test_shells_that_only_the_prior_makes_agree_are_found():
     assert measure.invented_shells(record(4, 0), record(6, 0)) == []
 
 
+@pytest.mark.slow
 def test_measures_a_run(experiment, refined):
     found = work.do_run(experiment, A, "cwred")
     assert found["iterations"] == 3
@@ -596,6 +597,7 @@ def test_the_command_refuses_before_it_begins(run, refined, monkeypatch):
         assert complaint in done.stderr
 
 
+@pytest.mark.slow
 def test_it_starts_as_the_documentation_says(experiment):
     command = [sys.executable, "benchmarks/paper", "--results", str(experiment.results), "--status"]
     command += ["--structures", str(experiment.structures), "--cells"]

@@ -259,6 +259,7 @@ def test_same_seed_same_bytes(project, monkeypatch, noise, box):
     assert contents("other")[0] != contents("one")[0]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number(project, monkeypatch):
     box = 64
     write_volume("map.mrc", Volume(blobs(box), 1.5), label="test")

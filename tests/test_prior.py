@@ -105,6 +105,7 @@ def test_transforms_are_those_of_the_library(truth):
     )
 
 
+@pytest.mark.slow
 def test_good_particles_give_the_truth_on_its_grey_scale(truth):
     from keras import ops
 
@@ -149,6 +150,7 @@ def samples(truth):
     return plan, found
 
 
+@pytest.mark.slow
 def test_samples_are_standardised_and_weighted(samples):
     from keras import ops
 

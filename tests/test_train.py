@@ -76,6 +76,7 @@ def test_the_loss_falls(tmp_path):
     assert losses[-1] < 0.4
 
 
+@pytest.mark.slow
 def test_an_untrained_network_changes_nothing(tables, tmp_path):
     model = train(tables, tmp_path / "prior", replace(TINY, steps=1, learning_rate=1e-12))
     volume = read_volume(read_pairs(tables[0])[0].noisy)

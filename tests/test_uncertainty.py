@@ -85,6 +85,7 @@ def difference(a, b):
 # The FSC
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "sure"])
 def test_a_model_without_knots_takes_no_notice_of_the_fsc(model, name):
     found = denoiser(model(name))
@@ -192,6 +193,7 @@ def test_sigma_is_the_networks_own(model):
     np.testing.assert_allclose(sigma, seen.deviation * np.exp(0.5 * np.asarray(log_variance)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_pass_and_tiles(model):
     volume = Volume(np.concatenate([molecule(48, seed=i).data for i in range(2)]), ANGPIX)
     whole, tiled = (denoiser(model("both"), tile=tile).with_uncertainty(volume) for tile in (128, 56))
@@ -199,6 +201,7 @@ def test_one_pass_and_tiles(model):
         assert difference(other.data, one.data) < 0.02
 
 
+@pytest.mark.slow
 def test_variances_are_blended_and_not_their_logarithms(model):
     volume = molecule()
     first, both = (denoiser(model("sure"), rotations=n).with_uncertainty(volume)[1].data for n in (1, 2))
@@ -331,6 +334,7 @@ def test_the_command_writes_both_maps_and_the_script(run, model):
     assert run("half1.mrc", "--half2", "half2.mrc", *outputs, "--overwrite").exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_script_without_uncertainty_shows_the_difference(run):
     outputs = ["-o", "out.mrc", "--difference", "diff.mrc", "--chimerax", "show.cxc"]
     done = run("half1.mrc", "--half2", "half2.mrc", *outputs)
@@ -352,6 +356,7 @@ def test_the_script_without_uncertainty_shows_the_difference(run):
     assert "tile" not in Path("b.cxc").read_text()
 
 
+@pytest.mark.slow
 def test_a_table_tells_what_the_other_half_does(run):
     Path("fsc.tsv").write_text(CliRunner().invoke(cli, ["fsc", "half1.mrc", "half2.mrc"]).stdout)
     for option, name in ((["--half2", "half2.mrc"], "half"), (["--fsc", "fsc.tsv"], "table")):
@@ -361,6 +366,7 @@ def test_a_table_tells_what_the_other_half_does(run):
         assert difference(read_volume(f"table{ending}").data, read_volume(f"half{ending}").data) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_mask_multiplies_both(run):
     for name, option in (("whole", []), ("masked", ["--mask", "mask.mrc"])):
         done = run("half1.mrc", "-o", f"{name}.mrc", "--uncertainty", f"{name}_sigma.mrc", *option)
@@ -371,6 +377,7 @@ def test_the_mask_multiplies_both(run):
         np.testing.assert_allclose(masked, whole * mask, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sigma_through_a_pipe(run):
     assert run("half1.mrc", "-o", "a.mrc", "--uncertainty", "sigma.mrc").exit_code == 0
     done = run("half1.mrc", "-o", "b.mrc", "--uncertainty", "-", "-q")

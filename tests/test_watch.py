@@ -142,6 +142,7 @@ def test_one_half_fails_and_the_other_stays(project):
     assert sorted(bool(error) for error in shown) == [False, True]
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_is_no_end(project, monkeypatch):
     service = server(1.0)
     order = Order(star(HALVES[0]))

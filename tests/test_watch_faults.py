@@ -150,6 +150,7 @@ def check(root, updaters):
     assert not list(Path("run").glob("*.request")) + list(Path("run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_both_halves_are_served_and_the_watcher_ends_cleanly(watch):
     watcher = watch()
     hooks = [hook(root) for root in HALVES]
@@ -166,6 +167,7 @@ def test_both_halves_are_served_and_the_watcher_ends_cleanly(watch):
     check(HALVES[0], ["watch", "red-update"])
 
 
+@pytest.mark.slow
 def test_killed_before_a_request(watch):
     watcher = watch()
     watcher.kill()
@@ -215,6 +217,7 @@ def test_started_late(watch, monkeypatch):
     check(HALVES[1], ["watch"])
 
 
+@pytest.mark.slow
 def test_of_two_watchers_the_second_refuses(watch):
     first = watch()
     second = watch(wait=False)
@@ -225,6 +228,7 @@ def test_of_two_watchers_the_second_refuses(watch):
     check(HALVES[0], ["watch"])
 
 
+@pytest.mark.slow
 def test_a_dead_watchers_place_is_taken_and_its_hand_overs_are_swept(watch):
     first = watch()
     first.send_signal(signal.SIGSTOP)
@@ -297,11 +301,13 @@ def test_a_signal_in_the_middle_ends_it_after_the_request(watch, number):
     assert presence()["state"].strip() == "ended"
 
 
+@pytest.mark.slow
 def test_a_signal_may_come_at_any_moment(project):
     done = subprocess.run([sys.executable, "-c", EACH_CALL], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n" * 40, "")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_ends_it(watch):
     watcher = watch()
     shutil.rmtree("run")

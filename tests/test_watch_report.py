@@ -329,6 +329,7 @@ def share_of(pixel, colour):
     return np.where(np.linalg.norm(1 - pixel - share[..., None] * missing, axis=-1) < 0.06, share, 0)
 
 
+@pytest.mark.slow
 def test_the_browser_shows_all_pictures(shown):
     seen, shot = shown
     assert len(seen["images"]) == 3 + 3 * 11

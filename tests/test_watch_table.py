@@ -111,6 +111,7 @@ def test_a_failure_is_red_and_says_why():
     assert "\x1b[31mfailed" in terminal.stream.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "rows"), [(60, 20), (24, 24 - 1 - 6), (6, 1)])
 def test_only_the_latest_rows_that_fit_are_kept(height, rows):
     terminal = Terminal("job012", height=height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -41,6 +42,7 @@ def test_mrc(tmp_path_factory, data, voxel_size, origin, nstart):
     assert abs(again.voxel_size / voxel_size - 1) < 1e-5  # it is read to six digits, which undo the float32 cell
 
 
+@pytest.mark.slow
 @quick
 @example({"dot": ".", "unknown": "?", "empty": "", "comment": "#1", "word": "loop_", "list": "[1]", "text": ";"})
 @example({"path": '/maps of \'23/a "b".mrc', "hole": "a ' b \" c"})
