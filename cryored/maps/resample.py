@@ -85,9 +85,9 @@ def fourier_resize(
     if data.shape == tuple(shape) and weights is None:
         return data
     workers = threads or default_threads()
-    # Between even edges centre and corner differ by the same signs of the coefficients.
-    centred = any(n % 2 for n in (*data.shape, *shape))
-    transform = scipy.fft.rfftn(scipy.fft.ifftshift(data) if centred else data, workers=workers)
+    # Between even edges the shifts to the corner and back change the same signs of the coefficients, and cancel.
+    shifted = any(n % 2 for n in (*data.shape, *shape))
+    transform = scipy.fft.rfftn(scipy.fft.ifftshift(data) if shifted else data, workers=workers)
     if weights is not None:
         transform *= weights
     for axis, (old, new) in enumerate(zip(data.shape, shape, strict=True)):
@@ -95,7 +95,7 @@ def fourier_resize(
             transform = _resize_axis(transform, axis, old, new, half=axis == data.ndim - 1)
     resized: Floats = scipy.fft.irfftn(transform, s=shape, overwrite_x=True, workers=workers)
     resized *= np.prod(shape) / data.size
-    return scipy.fft.fftshift(resized) if centred else resized
+    return scipy.fft.fftshift(resized) if shifted else resized
 
 
 def _resize_axis(

@@ -56,8 +56,8 @@ class Accumulators:
     ori: int
     pad: float
     r_max: int
-    # Mean weights by shell, which a request's maps share: a pass over K takes as long as the FFTs.
-    _means: list[Shells] = field(default_factory=list, init=False, repr=False, compare=False)
+    # Sums of K by shell, once they are known: a request's maps share them, and the pass takes as long as an FFT.
+    _shell_sums: list[Shells] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def n(self) -> int:
@@ -229,9 +229,9 @@ def _floor(sums: Accumulators, added: Shells, empty: npt.NDArray[np.bool_] | Non
     """Return a thousandth of the mean denominator in each shell FLOOR(|k| / pad) below r_max."""
     end = _round((sums.r_max * sums.pad) ** 2)  # RELION's bound here, not the square of the rounded radius
     bins = np.minimum((np.sqrt(np.arange(end, dtype=np.float64)) / sums.pad).astype(np.intp), sums.r_max)
-    if not sums._means:
-        sums._means.append(_radial_sums(sums, bins, threads))
-    total = sums._means[0] + _radial_counts(sums, bins, added)
+    if not sums._shell_sums:
+        sums._shell_sums.append(_radial_sums(sums, bins, threads))
+    total = sums._shell_sums[0] + _radial_counts(sums, bins, added)
     if empty is not None:
 
         def own(weight: Array, k2: Indices) -> Array:
