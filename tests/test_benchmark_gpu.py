@@ -39,6 +39,7 @@ def test_each_stage_leaves_numbers_or_a_reason(tmp_path):
     assert {"setup", "training", "inference"} <= measured
 
 
+@pytest.mark.slow
 def test_a_stage_without_time_says_so(tmp_path):
     table, found = run(tmp_path, "--seconds", "0.2", "--stages", "training,watch")
     assert [(row["stage"], row["error"]) for row in found["rows"]] == [
@@ -65,6 +66,7 @@ def test_an_unknown_word(option):
     assert "theano is none of" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_row_and_the_rest_goes_on(tmp_path):
     book = gpu.Book(tmp_path / "records", "torch", gpu.SMALL, "tiles", end=float("inf"))
     book.measure("bad", lambda: 1 / 0)

@@ -271,6 +271,7 @@ def test_a_closed_pipe_ends_it_quietly(arguments):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_head():
     command = f"'{sys.executable}' -m cryored fsc -q '{HALF1}' '{HALF2}' | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
@@ -278,6 +279,7 @@ def test_head():
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize(
     "arguments",

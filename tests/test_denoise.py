@@ -624,6 +624,7 @@ def short_of_memory(monkeypatch, most, device_name):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("most", "warning"),
     [(100**3, "one by one"), (70**3, "tiles of 56 voxels")],
@@ -656,6 +657,7 @@ def test_short_of_memory_on_the_cpu_is_an_error(monkeypatch):
         Denoiser(short_of_memory(monkeypatch, 10**3, "CPU"))(blob(80, 1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mebibytes", "warning"),
     [(1000, ""), (250, "not enough memory for 2 maps at once, so one by one"), (150, "tiles of 56 voxels from now on")],

@@ -232,6 +232,7 @@ def test_a_coarse_map_is_warned_of():
 # What is written besides
 
 
+@pytest.mark.slow
 def test_difference_and_picture(truth, monkeypatch):
     monkeypatch.setattr(Denoiser, "_predict", lambda self, data: 0.25 * data)
     write_volume("map.mrc", truth.with_data(truth.data * soft_sphere(truth.shape, 20, 5)), label="test")

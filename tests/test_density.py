@@ -295,6 +295,7 @@ def test_too_small_a_box_is_an_error_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_help_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     structure = gemmi.read_structure(str(STRUCTURE))

@@ -50,6 +50,7 @@ def only(question, **setup):
     return finding
 
 
+@pytest.mark.slow
 def test_all_is_well(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     done = CliRunner().invoke(cli, ["doctor", "run", "--box", "64", "--cpu", "--json"])
@@ -189,6 +190,7 @@ def test_too_little_memory(monkeypatch):
     assert (finding.state, finding.remedy.split(",")[0]) == ("warning", "the halves will be answered one by one")
 
 
+@pytest.mark.slow
 def test_the_blush_call(project, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     theirs = project / "relion_python_blush"

@@ -252,6 +252,7 @@ def test_the_summary():
 # Files
 
 
+@pytest.mark.slow
 def test_evaluation_of_files(table, model, tmp_path, capsys):
     done = []
     rows = evaluate_files(
@@ -529,6 +530,7 @@ def test_the_fit_shows_a_denoiser_what_it_sees_in_use(table):
     np.testing.assert_array_equal(seen[0], apply_shells(read_volume(row.noisy).data, row.fsc))
 
 
+@pytest.mark.slow
 def test_fit_of_files(table, model, tmp_path):
     done = []
     path = tmp_path / "schedule.json"

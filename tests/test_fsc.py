@@ -338,6 +338,7 @@ def test_the_network_sees_noise_of_the_strength_of_the_signal(maps, model, kind,
         np.testing.assert_allclose(curve, shell_correlation(first, second), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_noise_follows_the_seed_and_neither_the_mask_nor_the_threads(model):
     folder, seen = model("regularised")
     for changes in ({"threads": 1}, {"threads": 2}, {"mask": MASK}, {"seed": 1}):

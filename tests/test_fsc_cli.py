@@ -261,6 +261,7 @@ def test_seed_and_randomise_from(run):
     np.testing.assert_array_equal(later["fsc_corrected"][:18], later["fsc_masked"][:18])  # 96 / 6 + 2
 
 
+@pytest.mark.slow
 def test_writes_files_and_the_table(run, tmp_path, masked):
     paths = [tmp_path / name for name in ("a.star", "a.xml", "a.png")]
     done = run(HALF1, HALF2, "--mask", MASK, *sum(zip(("--star", "--xml", "--plot"), paths, strict=True), ()))
@@ -276,6 +277,7 @@ def test_writes_files_and_the_table(run, tmp_path, masked):
     assert run(HALF1, HALF2, "--xml", paths[1], "--overwrite").exit_code == 0
 
 
+@pytest.mark.slow
 def test_tells_what_a_model_invents(run, tmp_path, monkeypatch, unmasked):
     """A model that answers every map with one and the same agrees with itself."""
     detail = np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32)
@@ -408,6 +410,7 @@ def test_the_example_of_the_help_runs(run, tmp_path, monkeypatch):
     assert (tmp_path / "fsc.xml").exists()
 
 
+@pytest.mark.slow
 def test_loads_no_more_than_it_needs():
     program = (
         "import sys\n"
@@ -421,6 +424,7 @@ def test_loads_no_more_than_it_needs():
     assert done.stderr.split() == []
 
 
+@pytest.mark.slow
 def test_pipes_through_the_shell():
     command = [sys.executable, "-m", "cryored", "fsc", HALF1, "-", "-q"]
     with open(HALF2, "rb") as stream:

@@ -146,6 +146,7 @@ def test_the_place_of_a_dead_process_is_taken_at_once(run, dead_pid, monkeypatch
     assert f"(pid {dead_pid}) is dead, its place is taken" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [None, "elsewhere"])  # on this host the number is another process's now
 def test_the_place_of_one_without_beat_is_taken(run, host, caplog):
     present(run, host=host)

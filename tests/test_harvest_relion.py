@@ -202,6 +202,7 @@ def test_usage(arguments, message):
 # The data set
 
 
+@pytest.mark.slow
 def test_data_are_made_once_and_named_from_the_project_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"box": 24, "angpix": 4.0, "number": 5}
@@ -233,6 +234,7 @@ def test_a_map_is_the_truth_itself(tmp_path, monkeypatch):
         refinement.make_data(str(of_model.truth), Path("other"), box=32, angpix=4.0, number=5)
 
 
+@pytest.mark.slow
 def test_harvest(relion, structures):
     """One structure that cannot be read does not stop the others."""
     Path("broken.pdb").write_text("no atoms\n")
@@ -257,6 +259,7 @@ def test_harvest(relion, structures):
         assert json.loads((folder / "settings.json").read_text())["number"] == 20
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(relion, structures):
     arguments = [*structures, "-o", "out", "--snr", "0.5", *SMALL]
     assert program(structures[0], *arguments[2:], "--keep").exit_code == 0
@@ -272,6 +275,7 @@ def test_what_is_finished_is_not_done_again(relion, structures):
     assert not list(Path("out").glob("**/*_weight.mrc"))  # this time without --keep
 
 
+@pytest.mark.slow
 def test_a_half_done_refinement_is_begun_anew(relion, structures):
     relion("fail")
     arguments = [structures[0], "-o", "out", "--snr", "0.5", *SMALL]
@@ -286,6 +290,7 @@ def test_a_half_done_refinement_is_begun_anew(relion, structures):
     assert "left out" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_refinement_is_only_harvested(relion, structures):
     arguments = [structures[0], "-o", "out", "--snr", "0.5", "--keep", *SMALL]
     assert program(*arguments).exit_code == 0

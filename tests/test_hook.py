@@ -308,6 +308,7 @@ def test_a_request_of_another_hook_is_left_alone(shell):
 # With one that leaves
 
 
+@pytest.mark.slow
 def test_a_watcher_killed_in_the_middle():
     program = """
 import sys, time
@@ -334,6 +335,7 @@ with Presence("run", sys.argv[1:]) as presence:
     assert nothing_left()
 
 
+@pytest.mark.slow
 def test_a_watcher_that_ends_without_an_answer():
     present()
     process = start(STAR)
@@ -345,6 +347,7 @@ def test_a_watcher_that_ends_without_an_answer():
     assert called() == ["red-update", "--lambda", "0.5", STAR]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["another", None])
 def test_a_watcher_whose_place_is_lost(after):
     present()
@@ -371,6 +374,7 @@ def test_without_a_beat_the_script_does_not_wait(shell):
     assert nothing_left()
 
 
+@pytest.mark.slow
 def test_the_whole_wait_is_bounded(shell):
     present(host="elsewhere", pid=1)
     program(Path("bin/sleep"), SLEEP)

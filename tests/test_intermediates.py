@@ -99,6 +99,7 @@ def test_without_noise_and_errors_the_truth_comes_back(truth):
         assert np.vdot(pair.noisy, truth) / np.vdot(truth, truth) == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.slow
 def test_resolution_improves_and_follows_the_noise(truth, easy):
     def resolved(run):
         return [pairs_of(item, truth, ANGPIX)[0].resolution for item in run]
@@ -129,6 +130,7 @@ def test_low_resolution_is_joined(truth, easy):
     assert easy[0].fsc[3] < 1
 
 
+@pytest.mark.slow
 def test_halves_of_noise_correlate_by_chance_alone(truth):
     """The halves share the start and nothing else. Poses fitted to noise make each half, not both, look better."""
     run = refine(truth, Experiment(number=200, snr=1e-7), iterations=4)
@@ -136,6 +138,7 @@ def test_halves_of_noise_correlate_by_chance_alone(truth):
     assert abs(last.mean()) < 0.1  # a shell of 400 coefficients scatters by 0.05
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(truth, monkeypatch):
     experiment = dataclasses.replace(EASY, number=60)
     one = refine(truth, experiment, seed=5, iterations=2)

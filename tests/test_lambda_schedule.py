@@ -279,6 +279,7 @@ def test_a_models_schedule(run, tmp_path):
     assert run("--resolution", 7.25, "--model", tmp_path / "without").stdout == "0.5\n"
 
 
+@pytest.mark.slow
 def test_draws(run, tmp_path):
     for number, arguments in enumerate((["--resolution", 7.25], ["--resolution", "inf"], [PKA / "postprocess.star"])):
         path = tmp_path / f"{number}.png"

@@ -107,6 +107,7 @@ def test_the_penalty_is_the_sum_of_squares_of_the_kernels():
     assert build_unet(2, 1).losses == []
 
 
+@pytest.mark.slow
 def test_mixed_precision_computes_in_bfloat16_and_keeps_float32():
     rng = np.random.default_rng(0)
     exact, mixed = build_unet(4, 1), build_unet(4, 1, dtype="mixed_bfloat16")
@@ -297,6 +298,7 @@ def test_a_damaged_checkpoint(store, tmp_path, damage):
         load_checkpoint(path, network, TINY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"width": 1}, {"depth": 2}, {"learning_rate": 1.0}, {"loss": "l1"}, {"l2": 0.0}])
 def test_a_checkpoint_of_another_recipe(store, tmp_path, changes):
     network, _ = start(store)

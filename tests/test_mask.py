@@ -91,6 +91,7 @@ def test_is_relions_mask(tmp_path, monkeypatch, lowpass, extend, edge):
     assert np.mean(np.abs(found - expected) > 1e-5) < 1e-4
 
 
+@pytest.mark.slow
 def test_islands_are_left_out_and_the_threshold_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     volume = gaussian(48, 3.0)

@@ -248,6 +248,7 @@ def test_same_seed_same_bytes_whatever_the_processes(made, structures, tmp_path)
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_in_shards(made, structures, tmp_path):
     """Job arrays: two shards, in any order, and a run that collects them and makes nothing anew."""
     for shard in ((2, 3), (1, 3), (3, 3)):
@@ -512,6 +513,7 @@ def test_refusals(made, structures, tmp_path):
         simulate(structures, tmp_path / "shards", shard=(1, 5))
 
 
+@pytest.mark.slow
 def test_no_table_outlives_its_maps(structures, tmp_path):
     """Tables of runs with other options, whose maps would be replaced: refused, or removed when that is asked for."""
     structure = structures[1:]
@@ -661,6 +663,7 @@ def test_an_existing_picture_is_seen_before_the_work(structures, tmp_path, asser
     assert not (tmp_path / "pairs").exists()
 
 
+@pytest.mark.slow
 def test_the_example_of_the_help_runs(structures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "structures").mkdir()

@@ -227,6 +227,7 @@ def test_noise_has_no_signal_but_the_reference_of_the_best_level(experiment, ref
 # What is done, and what is done again
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept(experiment, refined):
     assert work.do_all(experiment, [A, B], ["map", "cwred"], 2) == {}
     assert sorted(names_of(refined)) == ["cwred", "cwred", "map", "map"]
@@ -337,6 +338,7 @@ def test_single_passes_need_the_map_run(experiment):
 # The resident updater
 
 
+@pytest.mark.slow
 def test_the_watcher_serves_while_the_block_runs(tmp_path):
     with relion_runs.resident(tmp_path, options=("--lambda", "0")):
         presence = (tmp_path / "cryored_watch.txt").read_text()
@@ -345,6 +347,7 @@ def test_the_watcher_serves_while_the_block_runs(tmp_path):
     assert "state ended" in (tmp_path / "cryored_watch.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_watcher_that_cannot_start_is_an_error(tmp_path):
     with (
         pytest.raises(RefinementError, match=r"watch.log: cryored watch ended with status 1; the log says why"),

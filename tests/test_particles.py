@@ -172,6 +172,7 @@ def test_without_ctf_there_is_no_defocus(project):
     assert not read_star("sim.star").has_column("particles", "rlnDefocusU")
 
 
+@pytest.mark.slow
 def test_start_angles_are_off_by_what_was_asked_and_images_stay(project):
     simulate("map.mrc", "a", number=2000, perturb_angles=5.0, shift=2.0, scale=1.0)
     distance = angular_distance(rotations("a.star"), rotations("a_truth.star"))
@@ -312,6 +313,7 @@ particles.simulate_particles_file("map.mrc", "sim", particles.ParticleOptions(10
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_replaced_by_the_next(project, caplog):
     killed = subprocess.Popen([sys.executable, "-c", KILLED.format(box=BOX)])
     assert killed.wait(timeout=60) == -signal.SIGKILL
@@ -367,6 +369,7 @@ def test_a_full_disk_leaves_no_half_file(project, monkeypatch, owner, function, 
     assert {p.name for p in project.iterdir()} <= {"map.mrc", "sim.star"}
 
 
+@pytest.mark.slow
 def test_a_stack_that_the_file_system_refuses(project):
     """A limit on the size of files fails in the same call as a full disk does."""
     done = subprocess.run(

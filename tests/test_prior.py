@@ -232,6 +232,7 @@ def test_what_is_told_is_the_fsc_at_fixed_frequencies():
     np.testing.assert_allclose(condition(np.ones(13), frequency, PIXEL / 2, 4), [1, 1, 0, 0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uncertainty", [False, True])
 def test_a_scaled_network_scales_its_estimate(uncertainty):
     network = build_unet(2, 1, uncertainty=uncertainty, knots=3)

@@ -571,6 +571,7 @@ def test_a_model_by_name(project, monkeypatch):
     assert_refused(CliRunner().invoke(cli, [*command[:-1], "none"]), "no model named 'none'; there is: ")
 
 
+@pytest.mark.slow
 def test_lambda_0_imports_no_network(project):
     job = project(*SMALL)
     code = (
@@ -778,6 +779,7 @@ def test_usage_errors(project, arguments, message):
 # A machine that fails
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "output", [[], ["-o", "map.mrc", "--overwrite"], ["--unregularised", "map.mrc", "--overwrite"]]
 )
@@ -834,6 +836,7 @@ def test_a_folder_that_may_not_be_written(project, monkeypatch):
         assert_refused(job.run("--lambda", 0), f"{job.result}: the folder run is not writable")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_full_pipe(project):
     job = project(*SMALL)
@@ -847,6 +850,7 @@ def test_a_full_pipe(project):
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(project):
     job = project()  # a megabyte, more than a pipe holds
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -891,6 +895,7 @@ def hook(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_the_script_with_options(project, hook):
     job = project(*SMALL)
     done = hook("{script} --lambda 0 --model ../model", job.job)
@@ -899,6 +904,7 @@ def test_the_script_with_options(project, hook):
     assert difference(read_volume(job.result).data, job.expected("map")) <= FLOAT32
 
 
+@pytest.mark.slow
 def test_the_script_without_options(project, hook, tmp_path):
     job = project(*SMALL)
     (tmp_path / "link").symlink_to(tmp_path / "bin" / "cryored-external-reconstruct")
@@ -909,6 +915,7 @@ def test_the_script_without_options(project, hook, tmp_path):
     assert difference(read_volume(job.result).data, job.expected("map")) <= FLOAT32
 
 
+@pytest.mark.slow
 def test_the_script_exits_as_the_tool(project, hook):
     job = project(*SMALL)
     job.weight.unlink()
@@ -922,6 +929,7 @@ def test_the_script_exits_as_the_tool(project, hook):
     assert "no request given" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_takes_the_cryored_on_the_path(project, hook, tmp_path):
     job = project(*SMALL)
     (tmp_path / "path").mkdir()

@@ -92,6 +92,7 @@ def log(root):
     return json.loads(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", [HALF, JOINED, *CLASSES, *BODIES])
 def test_lambda_0_is_relion_5s_own_answer(root):
     good, out, err = call(f"{root}_external_reconstruct.star", "--lambda 0 --gpu -1 ")
@@ -102,6 +103,7 @@ def test_lambda_0_is_relion_5s_own_answer(root):
     assert read(root).voxel_size == (2.0 if root in (HALF, JOINED) else 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", CLASSES)
 def test_a_class_goes_by_its_own_tau2_and_k(root):
     good, _, err = call(f"{root}_external_reconstruct.star", " --gpu -1 ")
@@ -114,6 +116,7 @@ def test_a_class_goes_by_its_own_tau2_and_k(root):
     assert difference(read(root), read(root, "_expected_map")) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("root", "resolution"), [(BODIES[0], 9.6), (BODIES[1], 10.667)])
 def test_a_body_goes_by_its_own_fsc(root, resolution):
     """What stands in for the network is an empty map, which pulls the answer towards it."""
@@ -161,6 +164,7 @@ def test_the_second_half_takes_the_second_gpu(noting):
     assert Path("number").read_text().strip() == "9"
 
 
+@pytest.mark.slow
 def test_a_failure_is_no_success_and_shows_its_cause():
     Path(f"{HALF}_external_reconstruct_weight.mrc").unlink()
     good, out, err = call(STAR, "--gpu -1 ")

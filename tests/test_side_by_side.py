@@ -166,6 +166,7 @@ def test_strength_is_in_units_of_the_noise(table):
     assert amounts == pytest.approx([1.5 * inside, 0.75 * inside, 0.0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tuning_finds_input_and_strength_of_the_least_error(table):
     rows = read_pairs(table)
     found = tune("pull", pull_to_zero, rows)
@@ -249,6 +250,7 @@ def test_topaz_that_fails(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(table, other_table, tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "model_method", lambda name: halve(name))
     monkeypatch.setattr(side_by_side, "smoothers", lambda: {"pull": pull_to_zero})

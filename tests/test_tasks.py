@@ -70,6 +70,7 @@ def where(request):
     return {"jobs": 2 if request.param == "processes" else 1}
 
 
+@pytest.mark.slow
 def test_results_come_in_the_order_of_the_tasks(where):
     assert list(run_tasks(square, range(20), **where)) == [number**2 for number in range(20)]
     assert list(run_tasks(slow_at_first, range(4), **where)) == [0, 1, 2, 3]
@@ -87,6 +88,7 @@ def test_progress_counts_from_nothing_to_all(where):
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.slow
 def test_an_error_comes_as_it_was_raised_after_what_was_before_it(where):
     found = []
     with pytest.raises(InputError, match=r"^three.pdb: is three, expected another number$"):
@@ -95,6 +97,7 @@ def test_an_error_comes_as_it_was_raised_after_what_was_before_it(where):
     assert found == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_what_is_under_way_is_given_up_with_the_run(where):
     results = run_tasks(square, range(2000), **where)
     assert next(results) == 0
@@ -102,6 +105,7 @@ def test_what_is_under_way_is_given_up_with_the_run(where):
     assert list(run_tasks(square, range(3), **where)) == [0, 1, 4]
 
 
+@pytest.mark.slow
 def test_warnings_of_other_processes_are_told_once(cluster, caplog):
     for where in ({"jobs": 2}, {"scheduler": cluster.scheduler_address}):
         caplog.clear()
@@ -110,6 +114,7 @@ def test_warnings_of_other_processes_are_told_once(cluster, caplog):
         assert ours == ["an odd structure"]
 
 
+@pytest.mark.slow
 def test_processes_share_the_cores():
     found = set(run_tasks(process_and_threads, range(40), jobs=2))
     share = str(max(1, default_threads() // 2))
@@ -138,6 +143,7 @@ def test_an_address_that_is_none():
         list(run_tasks(square, range(3), scheduler="nonsense"))
 
 
+@pytest.mark.slow
 def test_a_cluster_that_goes_away():
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(

@@ -93,6 +93,7 @@ def test_a_model_without_knots_takes_no_notice_of_the_fsc(model, name):
     found(molecule(), falling()[:3])  # of whatever length
 
 
+@pytest.mark.slow
 def test_a_plain_network_is_called_as_ever(model):
     """The map alone in, one channel out; the result is the map without it."""
     found = denoiser(model("plain"))
@@ -105,6 +106,7 @@ def test_a_plain_network_is_called_as_ever(model):
     assert data.shape == (1, BOX, BOX, BOX, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["told", "both"])
 def test_the_fsc_reaches_the_network(model, name):
     found = denoiser(model(name))
@@ -156,6 +158,7 @@ def test_the_fsc_of_a_request():
 # Sigma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sure", "both"])
 @pytest.mark.parametrize(("box", "voxel_size"), [(24, 1.5), (25, 1.5), (36, 1.0), (20, 2.1)])
 def test_sigma_is_positive_and_on_the_grid_of_the_map(model, name, box, voxel_size):
@@ -171,6 +174,7 @@ def test_sigma_is_positive_and_on_the_grid_of_the_map(model, name, box, voxel_si
     assert sigma.data.std() > 0.01 * sigma.data.mean()
 
 
+@pytest.mark.slow
 def test_sigma_has_the_maps_units(model):
     found = denoiser(model("both"))
     volume = molecule()
@@ -182,6 +186,7 @@ def test_sigma_has_the_maps_units(model):
         assert scaled.data.min() > 0
 
 
+@pytest.mark.slow
 def test_sigma_is_the_networks_own(model):
     """On the model's grid it is exp of half the second channel, times the standard deviation of the map."""
     found = denoiser(model("sure"))
@@ -245,6 +250,7 @@ def test_a_model_that_tells_none_is_refused(model):
     check_uncertainty(model("both"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

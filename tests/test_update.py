@@ -323,6 +323,7 @@ def test_as_many_threads_as_you_like():
     np.testing.assert_array_equal(reconstruct(sums, threads=1), reconstruct(sums, threads=4))
 
 
+@pytest.mark.slow
 def test_large_grids_are_done_in_parts():
     """A box whose slabs are several, in each of the loops over them."""
     sums, tau2 = synthetic(80, 1.5, 37)
@@ -331,6 +332,7 @@ def test_large_grids_are_done_in_parts():
     assert difference(found, slow(sums, tau2, 1.0, denoised, lam, True)) <= FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do not hand freed memory back")
 def test_memory_is_not_asked_for_anew_slab_by_slab():
     shape = (256, 256, 129)

@@ -198,6 +198,7 @@ def test_killed_during_a_request(watch, stopped):
     check(HALVES[0], ["red-update"])
 
 
+@pytest.mark.slow
 def test_killed_after_a_request(watch):
     watcher = watch()
     assert ended(hook(HALVES[0])) == (0, "")
@@ -208,6 +209,7 @@ def test_killed_after_a_request(watch):
     check(HALVES[1], ["red-update"])
 
 
+@pytest.mark.slow
 def test_started_late(watch, monkeypatch):
     monkeypatch.setenv("CRYORED_RED_UPDATE_LAMBDA", "0")
     assert ended(hook(HALVES[0]))[0] == 0
@@ -243,6 +245,7 @@ def test_a_dead_watchers_place_is_taken_and_its_hand_overs_are_swept(watch):
     check(HALVES[0], ["watch"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_the_clock_of_another_host_does_not_matter(watch, hours):
     then = time.time() + 3600 * hours
@@ -257,6 +260,7 @@ def test_the_clock_of_another_host_does_not_matter(watch, hours):
         check(root, ["watch"])
 
 
+@pytest.mark.slow
 def test_a_request_that_continue_writes_anew(watch):
     watch()
     assert ended(hook(HALVES[0])) == (0, "")
@@ -274,6 +278,7 @@ def test_a_request_that_continue_writes_anew(watch):
     assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_one_half_fails_and_the_other_stays(watch):
     watch()
     Path(f"{HALVES[1]}_external_reconstruct_weight.mrc").unlink()
@@ -315,6 +320,7 @@ def test_a_folder_that_is_deleted_ends_it(watch):
     assert "was deleted" in said(watcher)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_missing(watch):
     shutil.rmtree("run")
     watcher = watch(wait=False)
@@ -336,6 +342,7 @@ def test_a_read_only_folder(watch):
         Path("run").chmod(0o700)
 
 
+@pytest.mark.slow
 def test_a_full_disk(watch, tmp_path):
     """Files of more than 64 KiB cannot be written: the maps fail with the cause, and the watcher stays."""
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -349,6 +356,7 @@ def test_a_full_disk(watch, tmp_path):
     assert not [path for path in Path("run").iterdir() if path.name.endswith(".part")]
 
 
+@pytest.mark.slow
 def test_its_files_follow_the_users_umask(watch):
     before = os.umask(0o027)
     try:
@@ -360,6 +368,7 @@ def test_its_files_follow_the_users_umask(watch):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
 
 
+@pytest.mark.slow
 def test_polling_needs_no_hook(watch):
     watch("--poll")
     until(lambda: all(result(root).exists() for root in HALVES))

@@ -25,6 +25,7 @@ labels = st.from_regex(r"\A[a-z][a-z0-9]{0,20}\Z")  # STAR does not tell capital
 texts = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
 
 
+@pytest.mark.slow
 @quick
 @given(
     data=hnp.arrays(np.float32, st.tuples(edges, edges, edges), elements=float32),
@@ -54,6 +55,7 @@ def test_star_lists(items):
     }
 
 
+@pytest.mark.slow
 @quick
 @given(
     st.lists(labels, min_size=3, max_size=3, unique=True),
