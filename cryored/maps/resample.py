@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.fft
 
+from cryored.maps.fourier import frequencies
 from cryored.maps.volume import Floats, window
 from cryored.threads import default_threads
 
@@ -84,18 +85,34 @@ def fourier_resize(
     """
     if data.shape == tuple(shape) and weights is None:
         return data
-    workers = threads or default_threads()
-    # Between even edges the shifts to the corner and back change the same signs of the coefficients, and cancel.
-    shifted = any(n % 2 for n in (*data.shape, *shape))
-    transform = scipy.fft.rfftn(scipy.fft.ifftshift(data) if shifted else data, workers=workers)
+    workers, last = threads or default_threads(), data.ndim - 1
+    # Each axis is cropped as soon as it is transformed, and padded just before it is transformed back.
+    transform = scipy.fft.rfft(data, workers=workers)
+    for axis in range(last, -1, -1):
+        if axis != last:
+            transform = scipy.fft.fft(transform, axis=axis, overwrite_x=True, workers=workers)
+        if weights is None and shape[axis] < data.shape[axis]:
+            transform = _resize_axis(transform, axis, data.shape[axis], shape[axis], half=axis == last)
     if weights is not None:
         transform *= weights
     for axis, (old, new) in enumerate(zip(data.shape, shape, strict=True)):
         if old != new:
-            transform = _resize_axis(transform, axis, old, new, half=axis == data.ndim - 1)
-    resized: Floats = scipy.fft.irfftn(transform, s=shape, overwrite_x=True, workers=workers)
-    resized *= np.prod(shape) / data.size
-    return scipy.fft.fftshift(resized) if shifted else resized
+            shift = _shift(transform.shape[axis], old, new, half=axis == last).astype(transform.dtype)
+            transform *= shift.reshape((-1,) + (1,) * (last - axis))
+            if weights is not None or new > old:
+                transform = _resize_axis(transform, axis, old, new, half=axis == last)
+        if axis != last:
+            transform = scipy.fft.ifft(transform, axis=axis, overwrite_x=True, workers=workers)
+    return scipy.fft.irfft(transform, shape[last], overwrite_x=True, workers=workers)
+
+
+def _shift(points: int, old: int, new: int, half: bool) -> npt.NDArray[np.complex128]:
+    """Return by what the coefficients of an axis are multiplied when its edge changes from `old` to `new`.
+
+    The centre n // 2 moves by a fraction of a voxel where an edge is odd, and densities keep their values.
+    """
+    frequency = np.arange(points) if half else frequencies(points)
+    return new / old * np.exp(2j * np.pi * frequency * (old // 2 / old - new // 2 / new))
 
 
 def _resize_axis(

@@ -9,6 +9,7 @@ exists as a whole, which takes half the time and a fraction of the memory of one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -183,6 +184,7 @@ class _Tables:
     """
 
     reach: int  # no coefficient has a larger frequency along any axis
+    end: int  # k**2 from which on all is outside
     prior: npt.NDArray[np.float32]  # what is added to K
     floor: npt.NDArray[np.float32]  # the least denominator
     pull: npt.NDArray[np.float32]  # g / v: weight of the denoised transform
@@ -217,6 +219,7 @@ class _Tables:
                 limit[-1] = 0.0
         return cls(
             reach=min(int(np.sqrt(size - 1)), sums.n // 2),
+            end=size,
             prior=added.astype(np.float32),
             floor=floor.astype(np.float32),
             pull=pull.astype(np.float32),
@@ -323,12 +326,14 @@ def _quotient_columns(
     kz, rows, kx = _kept(n, tables.reach)
     mirrored = _mirrored(kz)
     above = len(kz) - mirrored  # the planes of z >= 0 and, where it is kept, Nyquist; the others mirror them
-    in_plane = _squares(n)[kz[:above], None] + (kx**2)[None, :]
+    whole = len(kz) == n
+    z2, y2 = _squares(n)[kz[:above]], _squares(n)[rows]
     result = np.empty((ori, len(rows), len(kx)), dtype=np.complex64) if source is None else source
 
     def divide(part: slice) -> None:
         row = rows[part]
-        k2 = in_plane[:, None, :] + _squares(n)[row][None, :, None]
+        width = min(math.isqrt(max(tables.end - 1 - int(y2[part].min()), 0)) + 1, len(kx))  # what the sphere reaches
+        k2 = z2[:, None, None] + y2[part][None, :, None] + (kx[:width] ** 2)[None, None, :]
 
         def apply(operation: np.ufunc, array: npt.NDArray[Any], table: npt.NDArray[Any]) -> None:
             # Clipped as an index: the last entry of a table stands for everything outside.
@@ -336,7 +341,7 @@ def _quotient_columns(
             operation(array[:above], values, out=array[:above])
             operation(array[above:], values[mirrored:0:-1], out=array[above:])
 
-        denominator = _pick(sums.weight, kz, row, len(kx))
+        denominator = _pick(sums.weight, kz, row, width)
         if tables.empty is not None:
             here = np.zeros(denominator.shape, dtype=np.bool_)
             apply(np.logical_or, here, tables.empty)
@@ -344,10 +349,12 @@ def _quotient_columns(
         apply(np.add, denominator, tables.prior)
         apply(np.maximum, denominator, tables.floor)
         quotient = np.empty(denominator.shape, dtype=np.complex64)
-        quotient.real = _pick(sums.real, kz, row, len(kx))
-        quotient.imag = _pick(sums.imag, kz, row, len(kx))
+        quotient.real = _pick(sums.real, kz, row, width)
+        quotient.imag = _pick(sums.imag, kz, row, width)
         if source is not None:
-            prior = _transform_z(source[:, part], n)[kz]
+            prior = _transform_z(source[:, part, :width], n)
+            if not whole:
+                prior = prior[kz]
             pulled = prior.copy() if tables.limit is not None else prior
             apply(np.multiply, pulled, tables.pull)
             quotient += pulled
@@ -358,14 +365,16 @@ def _quotient_columns(
             limit = np.zeros(denominator.shape, dtype=np.float32)
             apply(np.add, limit, tables.limit)
             np.copyto(quotient, limit * prior, where=limit > 0)
-        column = np.zeros((n, len(row), len(kx)), dtype=np.complex64)
-        column[kz] = quotient
+        column = quotient
+        if not whole:
+            column = np.zeros((n, len(row), width), dtype=np.complex64)
+            column[kz] = quotient
         column = scipy.fft.ifft(column, axis=0, norm="forward", overwrite_x=True, workers=1)
-        result[: ori // 2, part] = column[n - ori // 2 :]
-        result[ori // 2 :, part] = column[: ori - ori // 2]
+        result[: ori // 2, part, :width] = column[n - ori // 2 :]
+        result[ori // 2 :, part, :width] = column[: ori - ori // 2]
+        result[:, part, width:] = 0
 
-    width = max(1, _SLAB // (n * len(kx)))
-    parallel(divide, parts(len(rows), width), threads)
+    parallel(divide, parts(len(rows), max(1, _SLAB // (n * len(kx)))), threads)
     return result
 
 
@@ -377,6 +386,7 @@ def _finish(sums: Accumulators, columns: npt.NDArray[np.complex64], reach: int, 
     scale = np.float32(1 / relion_scale(sums.pad, ori))
     data = np.empty((ori, ori, ori), dtype=np.float32)
     outside, gridding = _real_space_tables(ori, sums.pad)
+    kept, filled = (1 - outside) * gridding, outside * gridding
 
     def transform(part: slice) -> tuple[float, float]:
         plane = np.zeros((part.stop - part.start, n, len(kx)), dtype=np.complex64)
@@ -397,10 +407,8 @@ def _finish(sums: Accumulators, columns: npt.NDArray[np.complex64], reach: int, 
 
     def mask(part: slice) -> None:
         slab, d2 = data[part], distance(part)
-        weight = np.take(outside, d2)
-        slab *= 1 - weight
-        slab += background * weight
-        slab *= np.take(gridding, d2)
+        slab *= np.take(kept, d2)
+        slab += background * np.take(filled, d2)
 
     in_plane = squared_distance((ori, ori))
     slabs = list(parts(ori, max(1, _SLAB // (n * len(kx)))))
