@@ -1,6 +1,7 @@
 """Is sigma right? A model's uncertainty against the error that it makes, on pairs whose truth is known.
 
-    python benchmarks/uncertainty.py PAIRS.star... [--model NAME] [--plot FILE.png]
+    python benchmarks/uncertainty.py PAIRS.star... [--model NAME] [--plot FILE.png] [--fit] [--write-card]
+        [--noise-from FSC]
 
 PAIRS.star lists pairs that the model was not trained on. Each half is weighted by its FSC and denoised with
 `denoise --uncertainty`; the error is that to what the model was trained towards: the truth in the shells that the data
@@ -11,19 +12,29 @@ outside:
 - 68 %, 95 %: share of the voxels whose error is below 0.994 and 1.96 sigma, for a normal distribution 68 and 95 %;
 - rank: Spearman's correlation of sigma with the error's size, averaged over cubes of six voxels: does sigma say where?
 
+With --noise-from noise of the same power takes the signal's place from the shell on where the FSC falls below that, as
+in `cryored fsc --substitute-noise`, and the network is told that all is well. What it then makes is invented, so sigma
+should rise: *rise* is the root mean square of sigma over that of the untouched map.
+
 The plot has the error against sigma in classes of sigma.
+
+With --fit sigma is taken as the network tells it, and put right by a curve (`cryored.training.sigma_fit`) that is
+fitted without the structure that is judged; the one of all structures is printed last, and --write-card stores it in
+the card.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import click
 import numpy as np
 
-from cryored.prior.models import DEFAULT_MODEL
+from cryored.prior import models
 
 RANGES = ((0.0, 4.5), (4.5, 6.0), (6.0, 8.0), (8.0, 12.0), (12.0, np.inf))
 CLASSES = 20
@@ -32,42 +43,72 @@ BLOCK = 6  # voxels
 
 @dataclass(frozen=True)
 class Part:
-    """Errors and sigmas of the voxels of one map, inside the molecule or outside."""
+    """Errors and sigmas of the voxels of one map, inside the molecule or outside, on the network's grey scale."""
 
+    structure: str
     resolution: float
     place: str
     error: np.ndarray
     sigma: np.ndarray
     rank: float
+    rise: float = 1.0  # of sigma, where noise stands for the signal
 
 
-def parts_of(tables: tuple[str, ...], model: str) -> Iterator[Part]:
+def parts_of(tables: tuple[str, ...], model: models.Model, noise_from: float | None = None) -> Iterator[Part]:
     """Denoise every pair, and yield what is inside the molecule and what is outside."""
     from scipy.stats import spearmanr
 
+    from cryored.assessment.noise_substitution import substitute_noise
     from cryored.maps.fourier import apply_shells
     from cryored.maps.mask import soft_mask
+    from cryored.maps.network_scale import standard_of
     from cryored.maps.volume import Volume
     from cryored.prior.denoiser import Denoiser
-    from cryored.prior.models import find_model
     from cryored.simulation.pair_table import read_pairs
     from cryored.training.evaluation import load_pair
     from cryored.training.samples import determined_share
 
-    denoiser = Denoiser(find_model(model))
+    denoiser = Denoiser(model)
+    rng = np.random.default_rng(1)
     for row in [row for table in tables for row in read_pairs(table)]:
         pair, voxel_size = load_pair(row)
         if not np.isfinite(row.resolution):
             continue
         weighted = Volume(apply_shells(pair.noisy, np.clip(pair.fsc, 0, 1)), voxel_size)
         denoised, sigma = denoiser.with_uncertainty(weighted, pair.fsc)
-        known = determined_share(pair.fsc) if denoiser.model.card.target == "truth" else np.clip(pair.fsc, 0, 1)
-        error = denoised.data - apply_shells(pair.truth, known)
+        untouched = sigma.data
+        if noise_from is not None:
+            low = np.flatnonzero(pair.fsc[1:] < noise_from)
+            if not len(low):
+                continue
+            noisy = substitute_noise(weighted.data, int(low[0]) + 1, rng=rng)
+            weighted = weighted.with_data(noisy.astype(np.float32))
+            denoised, sigma = denoiser.with_uncertainty(weighted, pair.fsc)
+        known = determined_share(pair.fsc) if model.card.target == "truth" else np.clip(pair.fsc, 0, 1)
+        scale = np.float32(1 / standard_of(weighted.data, voxel_size).deviation)
+        error, sigma = (denoised.data - apply_shells(pair.truth, known)) * scale, sigma.data * scale
         inside = soft_mask(Volume(pair.truth, voxel_size)).data > 0.5
-        blocks = [_blocks(values)[_blocks(inside.astype(np.float32)) > 0.5] for values in (np.abs(error), sigma.data)]
+        blocks = [_blocks(values)[_blocks(inside.astype(np.float32)) > 0.5] for values in (np.abs(error), sigma)]
         rank = float(spearmanr(*blocks).statistic)
         for place, mask in (("inside", inside), ("outside", ~inside)):
-            yield Part(row.resolution, place, error[mask], sigma.data[mask], rank if place == "inside" else np.nan)
+            rise = float(np.sqrt(np.mean(sigma[mask] ** 2) / np.mean((untouched[mask] * scale) ** 2)))
+            rank_here = rank if place == "inside" else np.nan
+            yield Part(row.structure, row.resolution, place, error[mask], sigma[mask], rank_here, rise)
+
+
+def held_out(parts: list[Part]) -> tuple[list[Part], dict[str, Any]]:
+    """Return the parts with their sigmas put right by the other structures, and the curve of all."""
+    from cryored.prior.sigma import SigmaCurve
+    from cryored.training.sigma_fit import fit_sigma, sigma_factors
+
+    factors = [sigma_factors(part.error, part.sigma) for part in parts]
+    found = []
+    for part in parts:
+        others = [item for item, other in zip(factors, parts, strict=True) if other.structure != part.structure]
+        curve = fit_sigma(others)
+        found.append(replace(part, sigma=SigmaCurve(tuple(curve["told"]), tuple(curve["measured"]))(part.sigma)))
+    maps = {"structures": sorted({part.structure for part in parts}), "maps": len(parts) // 2}
+    return found, fit_sigma(factors) | maps
 
 
 def _blocks(data: np.ndarray) -> np.ndarray:
@@ -78,12 +119,24 @@ def _blocks(data: np.ndarray) -> np.ndarray:
 
 @click.command()
 @click.argument("tables", type=click.Path(exists=True), nargs=-1, required=True)
-@click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--model", default=models.DEFAULT_MODEL, show_default=True)
 @click.option("--plot", type=click.Path())
-def main(tables: tuple[str, ...], model: str, plot: str | None) -> None:
+@click.option("--fit", is_flag=True)
+@click.option("--write-card", is_flag=True)
+@click.option("--noise-from", type=float)
+def main(
+    tables: tuple[str, ...], model: str, plot: str | None, fit: bool, write_card: bool, noise_from: float | None
+) -> None:
     """Print the figures as a table."""
-    parts = list(parts_of(tables, model))
-    click.echo("resolution\tplace\tmaps\tratio\t68 %\t95 %\trank")
+    if noise_from is not None and (fit or write_card):
+        raise click.UsageError("--noise-from has no meaning with --fit and --write-card")
+    found = models.find_model(model)
+    if fit or write_card:
+        told = replace(found, card=replace(found.card, sigma={}))
+        parts, curve = held_out(list(parts_of(tables, told)))
+    else:
+        parts, curve = list(parts_of(tables, found, noise_from)), {}
+    click.echo("resolution\tplace\tmaps\tratio\t68 %\t95 %\trank\trise")
     for place in ("inside", "outside"):
         for low, high in (*RANGES, (0.0, np.inf)):
             some = [part for part in parts if part.place == place and low <= part.resolution < high]
@@ -97,7 +150,12 @@ def main(tables: tuple[str, ...], model: str, plot: str | None) -> None:
             click.echo(
                 f"{name}\t{place}\t{len(some)}\t{np.median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})"
                 f"\t{100 * np.median(within[0]):.0f}\t{100 * np.median(within[1]):.0f}\t{rank}"
+                f"\t{np.median([part.rise for part in some]):.2f}"
             )
+    if curve:
+        click.echo(json.dumps(curve))
+    if write_card:
+        models.write_card(found.folder, replace(found.card, sigma=curve))
     if plot is not None:
         draw(plot, parts)
 

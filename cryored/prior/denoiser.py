@@ -24,6 +24,7 @@ from cryored.prior import device
 from cryored.prior.budget import memory_in_use, network_memory
 from cryored.prior.models import Model, ModelCard, check_uncertainty, load_network
 from cryored.prior.network import LOG_VARIANCE, condition
+from cryored.prior.sigma import model_sigma
 
 logger = logging.getLogger(__name__)
 
@@ -231,10 +232,10 @@ class Denoiser:
             The denoised map.
         Volume
             On its grid and in its units the standard deviation that the model expects of each voxel's remaining error,
-            the difference to what it was trained towards (`ModelCard.target`). It counts errors up to the model's
-            Nyquist frequency, whatever the map's: a finer map has others beyond, which nobody has estimated. Over
-            tiles and rotations it is the variance that is averaged, although the mean of several estimates is better
-            than each. 0 for a map without contrast at the model's pixel size.
+            the difference to what it was trained towards (`ModelCard.target`), put right by its `sigma`. It counts
+            errors up to the model's Nyquist frequency, whatever the map's: a finer map has others beyond, which nobody
+            has estimated. Over tiles and rotations it is the variance that is averaged, although the mean of several
+            estimates is better than each. 0 for a map without contrast at the model's pixel size.
 
         Raises
         ------
@@ -243,7 +244,11 @@ class Denoiser:
         """
         check_uncertainty(self.model)
         seen = self._see(volume, fsc)
+        curve = model_sigma(self.model)
         (error, variance) = self._find([seen])[0]
+        if curve is not None:
+            for plane in variance:  # one by one: the arithmetic is in float64
+                plane[:] = curve(np.sqrt(plane)) ** 2
         # Linear interpolation: the ringing of a Fourier transform would make small variances negative.
         sigma = np.sqrt(interpolate(variance, seen.grids)) * np.float32(seen.deviation)
         return self._subtract(volume, seen, error), volume.with_data(sigma)

@@ -59,6 +59,9 @@ class ModelCard:
         The network also tells the variance of what is left of the error.
     target : {"weighted", "truth"}
         What it was trained towards: the truth times the FSC, or the truth itself in all shells that the data determine.
+    sigma : dict
+        The sigma that it should tell against the one that it tells (see `cryored.prior.sigma.model_sigma`); empty where
+        that was not measured.
     """
 
     name: str
@@ -75,6 +78,7 @@ class ModelCard:
     knots: int = 0
     uncertainty: bool = False
     target: Literal["weighted", "truth"] = "weighted"
+    sigma: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def _check_card(card: ModelCard, path: Path) -> None:
         ),
         *(
             (name, isinstance(getattr(card, name), dict), "an object")
-            for name in ("training", "evaluation", "schedule", "weights")
+            for name in ("training", "evaluation", "schedule", "weights", "sigma")
         ),
         ("knots", whole(card.knots, _MOST_KNOTS, 0), f"a whole number from 0 to {_MOST_KNOTS}"),
         ("uncertainty", isinstance(card.uncertainty, bool), "true or false"),
