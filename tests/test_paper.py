@@ -634,3 +634,34 @@ def test_with_relion(experiment):
     assert {json.loads(log.read_text())["by"] for log in logs} == {"watch"}
     assert len(logs) == 2 * prior["iterations"] - 1  # two halves, and the joined last one
     assert len(single["judgements"]) == plain["iterations"] - 1
+
+
+@pytest.mark.relion
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("relion_refine_mpi") is None, reason="RELION is not on the PATH")
+def test_a_cluster_does_what_one_machine_does(experiment, tmp_path, monkeypatch):
+    """Two processes do a cell each, and what is done is not done again; a cell that fails does not stop the other."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "benchmarks")]))
+    (tmp_path / "elsewhere").mkdir()
+    (experiment.structures / "2XZP.pdb").write_text("END\n")
+    empty = Cell("4bb9", "i")
+    steps = []
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", local_directory=str(tmp_path / "elsewhere")
+    ) as cluster:
+
+        def run():
+            chosen = [A, empty, B]
+            return work.do_on_cluster(experiment, chosen, ["map"], cluster.scheduler_address, lambda *n: steps.append(n))
+
+        failed = run()
+        made = [experiment.path(cell, "map").stat().st_mtime_ns for cell in (A, B)]
+        assert run().keys() == failed.keys()
+        again = [experiment.path(cell, "map").stat().st_mtime_ns for cell in (A, B)]
+    assert failed.keys() == {f"{empty} map"}
+    assert steps[-1] == (1, 1)
+    assert again == made
+    alone = dataclasses.replace(experiment, folder=tmp_path / "alone", results=tmp_path / "alone" / "results")
+    assert work.do_all(alone, [A], ["map"], 1) == {}
+    assert alone.record(A, "map")["truth_fsc"] == experiment.record(A, "map")["truth_fsc"]
