@@ -652,8 +652,8 @@ def test_a_cluster_does_what_one_machine_does(experiment, tmp_path, monkeypatch)
     ) as cluster:
 
         def run():
-            chosen = [A, empty, B]
-            return work.do_on_cluster(experiment, chosen, ["map"], cluster.scheduler_address, lambda *n: steps.append(n))
+            there = cluster.scheduler_address
+            return work.do_on_cluster(experiment, [A, empty, B], ["map"], there, lambda *n: steps.append(n))
 
         failed = run()
         made = [experiment.path(cell, "map").stat().st_mtime_ns for cell in (A, B)]
