@@ -620,7 +620,7 @@ def test_it_starts_as_the_documentation_says(experiment):
 @pytest.mark.skipif(shutil.which("relion_refine_mpi") is None, reason="RELION is not on the PATH")
 def test_with_relion(experiment):
     """With the resident updater; the cold hook is in test_refinement.py."""
-    scale = dataclasses.replace(TINY, box=32, angpix=3.0, number=100, timeout=600.0)
+    scale = dataclasses.replace(TINY, box=32, angpix=3.0, number=60, timeout=600.0)
     experiment = dataclasses.replace(experiment, scale=scale, hook="watch")
     assert work.do_all(experiment, [A], ["map", "true-angles", "cwred", "pass-cwred"], 1) == {}
     plain, bound, prior, single = (experiment.record(A, name) for name in ("map", "true-angles", "cwred", "pass-cwred"))

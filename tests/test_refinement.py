@@ -22,13 +22,13 @@ pytestmark = [
 STRUCTURE = Path(__file__).parent / "data" / "structures" / "6M2B.cif.gz"
 
 
-COLD = 3  # iterations of the run whose every request starts Python and TensorFlow
+COLD = 2  # iterations of the run whose every request starts Python and TensorFlow
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement")
-    data = refine.make_data(str(STRUCTURE), folder, box=32, angpix=3.0, number=100, snr=0.12)
+    data = refine.make_data(str(STRUCTURE), folder, box=32, angpix=3.0, number=40, snr=0.3)
     refine.run(data, "relion", watch=False)
     refine.run(data, "map", watch=False)
     refine.run(data, "cwred", watch=True)
