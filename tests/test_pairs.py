@@ -317,9 +317,17 @@ def start(*words, folder):
     )
 
 
+@pytest.fixture(scope="module")
+def undisturbed(structures, tmp_path_factory):
+    """What a run that was left alone makes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    simulate(structures[1:], folder, number=40, seed=0)
+    return contents(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("jobs", "sent"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
-def test_a_killed_run_goes_on_where_it_was(structures, tmp_path, jobs, sent):
+def test_a_killed_run_goes_on_where_it_was(structures, undisturbed, tmp_path, jobs, sent):
     """Stopped anywhere: the same command makes the rest, and the bytes of a run that was left alone."""
     numbers = ["--number", "40", "--box", str(BOX), "--angpix", str(ANGPIX), "--resolution", str(RESOLUTION)]
     words = ["simulate", "pairs", structures[1], "-o", "pairs", "--jobs", str(jobs), *numbers]
@@ -351,8 +359,7 @@ def test_a_killed_run_goes_on_where_it_was(structures, tmp_path, jobs, sent):
     (folder / ".half_039_00_half1_noisy.mrc.99999.part").write_bytes(b"half")  # as a killed process may leave it
     simulate(structures[1:], folder, number=40, seed=0)
     assert {path: path.stat().st_mtime_ns for path in finished} == times
-    simulate(structures[1:], tmp_path / "undisturbed", number=40, seed=0)
-    assert contents(folder) == contents(tmp_path / "undisturbed")
+    assert contents(folder) == undisturbed
 
 
 def test_what_was_left_of_other_options_is_not_taken(structures, tmp_path):

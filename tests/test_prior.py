@@ -251,14 +251,15 @@ def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
     monkeypatch.setattr(from_atoms, "REPORT", 2.0)
     monkeypatch.setattr("cryored.training.samples.draw_experiment", lambda rng: Experiment(40, snr=0.5, angle=3.0))
     out = tmp_path / "tiny"
-    common = [MODEL, "-o", str(out), "--minutes", "0.3", "--box", "32", "--pixel-size", "5", "--crop", "16"]
+    common = [MODEL, "-o", str(out), "--box", "32", "--pixel-size", "5", "--crop", "16"]
     common += ["--batch", "2", "--width", "2", "--full-precision", "--cpu"]
-    first = CliRunner().invoke(train_prior, [*common, "--seconds", "8", "--copy", str(tmp_path / "copy")])
+    part = ["--minutes", "9", "--seconds", "8", "--copy", str(tmp_path / "copy")]
+    first = CliRunner().invoke(train_prior, [*common, *part])
     assert first.exit_code == 0, first.output
     assert not (out / "model.keras").exists()
     begun = json.loads((out / "state" / "state.json").read_text())
     assert (tmp_path / "copy" / "weights.npz").exists()
-    second = CliRunner().invoke(train_prior, common)
+    second = CliRunner().invoke(train_prior, [*common, "--minutes", "0.2"])
     assert second.exit_code == 0, second.exception
     found = find_model(str(out))
     assert found.card.target == "truth"
