@@ -32,7 +32,7 @@ import click
 import numpy as np
 
 from cryored.maps.fourier import apply_shells, forward, shell_power
-from cryored.prior import models
+from cryored.prior import device, models
 from cryored.simulation.pair_table import PairRow, read_pairs
 from cryored.training import calibration, evaluation, from_atoms
 from cryored.training.plan import Plan
@@ -245,6 +245,7 @@ def main(
     seed: int,
 ) -> None:
     """Train each way, and print the table."""
+    click.echo(f"training on {device.set_up()}", err=True)
     plan = Plan(width=width, crop=crop, batch=batch, mixed_precision=False, seed=seed)
     held = [thinned([row for row in read_pairs(table) if np.isfinite(row.resolution)], judged) for table in validation]
     columns = [
