@@ -51,7 +51,7 @@ class Sample:
     shown, error : (n, n, n) float16
         The standardised regularised map, and that minus its target.
     told : (knots + 1,) float32
-    weights : (n, n, n) float16
+    weights : (n, n, n) float32
         Of a voxel's error, and one over the regularised map's mean squared error.
     rest : (n, n, n) float16, optional
         None: 0.
@@ -87,7 +87,7 @@ def sample_of(row: PairRow, plan: Plan, way: str) -> Sample:
         weights = OUTSIDE + (1 - OUTSIDE) * soft_mask(Volume(pair.truth, voxel_size)).data
     if way == "by shell":
         power = shell_power(forward(error.astype(np.float32)), error.shape)
-        shells = 1 / np.sqrt(np.maximum(power, LEAST * power.max()))
+        shells = 1 / np.sqrt(np.maximum(power / power.max(), LEAST))
     if way == "eq. 17":
         shells = 1 - fsc
         rest = (regularised - apply_shells(pair.truth, fsc)) / standard.deviation
@@ -102,7 +102,7 @@ def sample_of(row: PairRow, plan: Plan, way: str) -> Sample:
         standard.apply(regularised).astype(half),
         error.astype(half),
         told,
-        weights.astype(half),
+        weights.astype(np.float32),
         None if rest is None else rest.astype(half),
         None if shells is None else shells.astype(np.float32),
     )
