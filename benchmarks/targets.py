@@ -38,6 +38,7 @@ from cryored.training import calibration, evaluation, from_atoms
 from cryored.training.plan import Plan
 
 WAYS = ("truth", "truth times FSC", "inside", "by shell", "eq. 17", "not told", "featured")
+FIGURES = ("whole", "inside", "weights", "alone")
 OUTSIDE = 0.1  # weight of the error there, of the way *inside*
 LEAST = 0.01  # of the MAP map's error in a shell over the largest, of the way *by shell*
 
@@ -134,7 +135,9 @@ def draw_crops(samples: Sequence[Sample], plan: Plan, rng: np.random.Generator) 
 
 
 def loss_of(share: float, filtered: bool) -> Any:
-    """Return the loss: the weighted squared error of what is counted, and the likelihood of the variance."""
+    """Return the loss of `cryored.training.from_atoms`, or the same with the squared error of what is counted."""
+    if not filtered:
+        return from_atoms.loss_of(share)
 
     def loss(true: Any, predicted: Any) -> Any:
         from keras import ops
@@ -142,7 +145,7 @@ def loss_of(share: float, filtered: bool) -> Any:
         from cryored.prior.network import LOG_VARIANCE
 
         error = true[..., 0] - predicted[..., 0]
-        counted = _filtered(error, true[..., 3]) + true[..., 2] if filtered else error
+        counted = _filtered(error, true[..., 3]) + true[..., 2]
         logarithm = ops.clip(predicted[..., 1], *LOG_VARIANCE)
         likelihood = logarithm + ops.stop_gradient(ops.square(error)) * ops.exp(-logarithm)
         return ops.mean(ops.square(counted) * true[..., 1]) + share / 2 * ops.mean(likelihood)
@@ -190,7 +193,7 @@ def train(way: str, samples: Sequence[Sample], plan: Plan, steps: int, target: P
 
 
 def judge(model: models.Model, rows: Sequence[PairRow], told: bool) -> dict[str, float]:
-    """Return the figures of a model on the rows of a table."""
+    """Return `FIGURES` of a model on the rows of a table."""
     from cryored.maps.mask import soft_mask
     from cryored.maps.volume import Volume
     from cryored.prior.denoiser import Denoiser
@@ -209,12 +212,13 @@ def judge(model: models.Model, rows: Sequence[PairRow], told: bool) -> dict[str,
         known = fsc[: int(np.flatnonzero(fsc > 0).max(initial=0)) + 1]
         moments.append(calibration.moments(row.structure, row.resolution, *masked, known))
     error = calibration.fit_weights(moments)["error"]
-    return {
-        "whole": float(np.median([item.error_to_wiener for item in judgements])),
-        "inside": float(np.median([item.inside_error_to_wiener for item in judgements])),
-        "weights": error["weights_held_out"],
-        "alone": error["denoised_to_1_7"],
-    }
+    values = (
+        np.median([item.error_to_wiener for item in judgements]),
+        np.median([item.inside_error_to_wiener for item in judgements]),
+        error["weights_held_out"],
+        error["denoised_to_1_7"],
+    )
+    return dict(zip(FIGURES, map(float, values), strict=True))
 
 
 @click.command(help=__doc__)
@@ -247,11 +251,9 @@ def main(
     """Train each way, and print the table."""
     click.echo(f"training on {device.set_up()}", err=True)
     plan = Plan(width=width, crop=crop, batch=batch, mixed_precision=False, seed=seed)
-    held = [thinned([row for row in read_pairs(table) if np.isfinite(row.resolution)], judged) for table in validation]
-    columns = [
-        f"{kind} {number + 1}" for number in range(len(held)) for kind in ("whole", "inside", "weights", "alone")
-    ]
-    click.echo("	".join(["way", *columns]))
+    held = [thinned(usable(read_pairs(table)), judged) for table in validation]
+    columns = [f"{figure} {number + 1}" for number in range(len(held)) for figure in FIGURES]
+    click.echo("\t".join(["way", *columns]))
     for way in ways.split(","):
         folder = output / way.replace(" ", "_").replace(".", "")
         if (folder / "card.json").exists():
@@ -260,7 +262,7 @@ def main(
             rows = read_pairs(featured if way == "featured" else plain)
             model = train(way, samples_of(rows, plan, way, maps), plan, steps, folder)
         found = [judge(model, rows, told=way != "not told") for rows in held]
-        click.echo("	".join([way, *(f"{value:.3f}" for figures in found for value in figures.values())]))
+        click.echo("\t".join([way, *(f"{one[figure]:.3f}" for one in found for figure in FIGURES)]))
 
 
 def samples_of(rows: Sequence[PairRow], plan: Plan, way: str, maps: int) -> list[Sample]:
