@@ -73,7 +73,8 @@ class Variant:
         model, own = find_model(DEFAULT_MODEL), data.folder / "models" / "alone"
         shutil.copytree(model.folder, own, dirs_exist_ok=True)
         card = json.loads((own / CARD).read_text(encoding="utf-8"))
-        (own / CARD).write_text(json.dumps(card | {"name": own.name, "weights": self.weights}), encoding="utf-8")
+        card |= {"name": own.name, "weights": self.weights, "weights_masked": {}}
+        (own / CARD).write_text(json.dumps(card), encoding="utf-8")
         return [*words, "--model", str(own)]
 
     def reconstruction(self, data: Data, watched: bool = False) -> Reconstruction:

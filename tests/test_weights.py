@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,23 @@ from cryored.cli import cli
 from cryored.errors import InputError
 from cryored.files.mrc import read_array, read_volume, write_volume
 from cryored.files.requests import read_request, read_request_file
-from cryored.files.star import read_star
+from cryored.files.star import read_star, write_star
 from cryored.prior.models import find_model
 from cryored.prior.weights import Calibration, model_calibration, parse_calibration
 from cryored.reconstruction.update import Accumulators, Denoised, inverse_prior, reconstruct
-from cryored.training.calibration import Moments, fit_weights, measure_weights, moments, refinement_moments
+from cryored.training.calibration import (
+    Moments,
+    by_kind,
+    draw_weights,
+    fit_weights,
+    measure_weights,
+    moments,
+    refinement_moments,
+)
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
 FLOAT32 = 1e-6  # the specification's bound on float32 arithmetic against RELION in double precision
+MASKED = {"fsc": [0.2, 0.5, 0.9], "precision": [1.5, 3.0, 9.0], "gain": [0.8, 0.9, 1.0]}
 POINTS = {"fsc": [0.2, 0.5, 0.9], "precision": [2.0, 5.0, 20.0], "gain": [3.0, 1.5, 1.1]}
 
 
@@ -128,8 +138,9 @@ def project(tmp_path, monkeypatch):
     card = json.loads((tmp_path / "model" / "card.json").read_text())
     monkeypatch.chdir(folder)
 
-    def run(root, *arguments, weights=POINTS):
-        (tmp_path / "model" / "card.json").write_text(json.dumps(card | {"weights": weights}))
+    def run(root, *arguments, weights=POINTS, masked=MASKED):
+        own = {"weights": weights, "weights_masked": masked}
+        (tmp_path / "model" / "card.json").write_text(json.dumps(card | own))
         job = f"{root}_external_reconstruct.star"
         return CliRunner().invoke(cli, ["red-update", job, "--model", "../model", *map(str, arguments)])
 
@@ -172,6 +183,53 @@ def test_auto_takes_the_cards_weights_and_a_number_does_not(project):
     given = read_volume("denoised.mrc").data
     likeness = {name: np.corrcoef(data.ravel(), given.ravel())[0, 1] for name, data in maps.items()}
     assert likeness["auto"] > likeness["weak"] > likeness["number"]
+
+
+def optimise(name, corrected=1, mask="masks/mask.mrc"):
+    """Write what RELION does of its options at the end of an iteration."""
+    items = {"rlnDoSolventFscCorrection": corrected, "rlnSolventMaskName": mask}
+    write_star(f"run/{name}_optimiser.star", {"optimiser_general": items})
+
+
+def test_within_a_mask_the_card_has_other_weights(project):
+    optimise("run_it002")
+    assert project(HALF, "--denoised", "denoised.mrc", "-o", "masked.mrc").exit_code == 0
+    record = record_of(HALF)
+    assert record["mask"] == "masks/mask.mrc"
+    assert record["weights"]["rule"] == "calibrated in ../model/card.json, weights_masked"
+    request = read_request_file(f"{HALF}_external_reconstruct.star")
+    shells = request.r_max + 1
+    expected = parse_calibration(MASKED, "x")(request.fsc[:shells], np.ones(shells))
+    np.testing.assert_allclose(record["weights"]["gain"], expected.gain, atol=1e-3)
+    np.testing.assert_allclose(record["weights"]["precision"], expected.precision, atol=1e-3)
+    # A card that has none takes those without a mask.
+    assert project(HALF, "--denoised", "denoised.mrc", "-o", "other.mrc", masked={}).exit_code == 0
+    record = record_of(HALF)
+    assert (record["mask"], record["weights"]["rule"]) == ("masks/mask.mrc", "calibrated in ../model/card.json")
+    assert difference(read_volume("masked.mrc").data, read_volume("other.mrc").data) > 0.01
+    assert project(HALF, "--denoised", "denoised.mrc", "--lambda", 1, "-o", "number.mrc").exit_code == 0
+    assert record_of(HALF)["weights"]["rule"] == "eq. 17"
+    done = project(HALF, "--check", masked={"fsc": [0.1]})
+    assert done.exit_code == 1
+    assert "../model/card.json, weights_masked: no calibration" in done.stderr
+
+
+def test_the_mask_is_that_of_the_runs_latest_iteration(project):
+    def mask():
+        return read_request_file(f"{HALF}_external_reconstruct.star").mask
+
+    assert mask() is None
+    optimise("run_it000")
+    assert mask() == Path("masks/mask.mrc")
+    optimise("run_it001", corrected=0)  # a mask on the map alone: the FSC is of the whole box
+    assert mask() is None
+    optimise("run_it002", mask="None")
+    assert mask() is None
+    optimise("run_it003")
+    optimise("other_it009", corrected=0)
+    assert mask() == Path("masks/mask.mrc")
+    Path("run/run_it004_optimiser.star").write_text("data_optim")  # RELION is writing it
+    assert mask() == Path("masks/mask.mrc")
 
 
 def test_weights_that_are_none_are_refused(project):
@@ -292,6 +350,41 @@ def test_recorded_requests_are_measured(tmp_path):
     write_volume(tmp_path / "truth.mrc", truth, label="t")
     with pytest.raises(InputError, match=r"no request of a half-map"):
         list(refinement_moments(str(tmp_path), lambda volume, fsc: volume, "regularised"))
+
+
+def test_within_a_mask_only_what_is_there_counts(tmp_path):
+    """Denoised maps that are wrong outside the mask alone are as good as the truth."""
+    folder = tmp_path / "pka"
+    shutil.copytree(REQUESTS / "pka_box64_pad1", folder)
+    truth = read_volume(folder / "truth.mrc")
+    mask = np.zeros(truth.shape, dtype=np.float32)
+    mask[:, :, : truth.shape[2] // 2] = 1
+    write_volume(folder / "mask.mrc", truth.with_data(mask), label="t")
+    wrong = truth.with_data(truth.data + (1 - mask) * np.float32(10 * truth.data.std()))
+
+    def measured():
+        return list(refinement_moments(str(folder), lambda volume, fsc: wrong, "regularised"))
+
+    def is_right(item):
+        used = item.fsc > 0.3
+        return np.allclose(item.tf[used] ** 2, item.ff[used], rtol=1e-3)
+
+    assert not any(item.masked or is_right(item) for item in measured())
+    items = {"rlnDoSolventFscCorrection": 1, "rlnSolventMaskName": "mask.mrc"}
+    write_star(folder / "run" / "run_it000_optimiser.star", {"optimiser_general": items})
+    assert all(item.masked and is_right(item) for item in measured())
+
+
+def test_maps_within_a_mask_get_weights_of_their_own(tmp_path):
+    masked = [replace(synthetic(name, seed, gain=0.8), masked=True) for name in "ab" for seed in range(5)]
+    maps = [synthetic(name, seed) for name in "ab" for seed in range(5)]
+    kinds = by_kind([*maps, *masked])
+    assert kinds == {"weights": maps, "weights_masked": masked}
+    assert by_kind(maps) == {"weights": maps}
+    fitted = {kind: fit_weights(some) for kind, some in kinds.items()}
+    np.testing.assert_allclose(fitted["weights_masked"]["gain"], 0.8 / 1.1, rtol=0.05)
+    draw_weights(str(tmp_path / "both.png"), fitted, [*maps, *masked])
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_shipped_prior_is_calibrated():

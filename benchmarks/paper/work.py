@@ -147,7 +147,8 @@ class Experiment:
             model = find_model(run.model)
             check_weights(model)
             decisive = [model.card.sha256, model.card.input, model.card.schedule]
-            decisive += [model.card.weights] if run.calibrated and model.card.weights else []
+            weights = (run.masked and model.card.weights_masked) or model.card.weights
+            decisive += [weights] if run.calibrated and weights else []
             text = json.dumps(decisive, sort_keys=True)
             prior = hashlib.sha256(text.encode()).hexdigest()[:12]
         # A single pass depends on the refinement that its intermediates are of.

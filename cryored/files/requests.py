@@ -55,6 +55,8 @@ class Request:
         In angstrom; 0 where nothing tells it, and nobody needs it.
     estimated : bool
         `fsc` is not RELION's, which has none without half-maps, but derived from tau2 and K.
+    mask : Path or None
+        The solvent mask that `fsc` is of and was corrected for; None: `fsc` is of the whole box.
     """
 
     star: Path
@@ -71,6 +73,7 @@ class Request:
     fsc: Shells
     pixel_size: float
     estimated: bool = False
+    mask: Path | None = None
 
     @property
     def array_shape(self) -> tuple[int, int, int]:
@@ -224,6 +227,7 @@ def read_request(
         tau2=tau2,
         fsc=fsc,
         pixel_size=_pixel_size(star, ori, angpix, needs_pixel_size),
+        mask=_solvent_mask(Path(name), folder),
     )
 
 
@@ -270,7 +274,7 @@ def _pixel_size(star: Star, ori: int, angpix: float | None, needed: bool) -> flo
         if 0 < size < math.inf:
             return size
         raise InputError(f"{star.name}: _rlnPixelSize is {text}, expected angstroms; give it with --angpix")
-    for path in _model_stars(Path(star.name)):
+    for path in _beside(Path(star.name), "model"):
         try:
             model = read_star(path)
             size = model.number("model_general", "rlnPixelSize")
@@ -287,8 +291,23 @@ def _pixel_size(star: Star, ori: int, angpix: float | None, needed: bool) -> flo
     )
 
 
-def _model_stars(request: Path) -> Iterator[Path]:
-    """Yield the ``_model.star`` files beside a request: its own run's first, the latest iteration first."""
+def _solvent_mask(request: Path, folder: Path) -> Path | None:
+    """Return the mask that a request's FSC was corrected for, as the run's optimiser file tells."""
+    for path in _beside(request, "optimiser"):
+        try:
+            optimiser = read_star(path)
+            corrected, mask = (
+                optimiser.text("optimiser_general", label)
+                for label in ("rlnDoSolventFscCorrection", "rlnSolventMaskName")
+            )
+        except InputError:  # RELION is writing it
+            continue
+        return folder / mask if corrected == "1" and mask not in ("", "None") else None
+    return None
+
+
+def _beside(request: Path, kind: str) -> Iterator[Path]:
+    """Yield a kind of RELION's STAR files beside a request: its own run's first, the latest iteration first."""
     match = _ROOT.match(str(request.with_suffix("").name).removesuffix(ENDING))
     run = match.group("run") if match else None
 
@@ -296,4 +315,4 @@ def _model_stars(request: Path) -> Iterator[Path]:
         found = _ITERATION.search(path.name)
         return (run is not None and path.name.startswith(f"{run}_it"), int(found.group(1)) if found else -1)
 
-    yield from sorted(request.parent.glob("*_model.star"), key=order, reverse=True)
+    yield from sorted(request.parent.glob(f"*_{kind}.star"), key=order, reverse=True)

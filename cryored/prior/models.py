@@ -52,6 +52,8 @@ class ModelCard:
     weights : dict
         Precision and gain of its maps against the FSC, by the same command (see
         `cryored.prior.weights.parse_calibration`); empty where none were fitted: the update is then eq. 17.
+    weights_masked : dict
+        The same for refinements within a solvent mask, against the FSC corrected for it; empty: `weights` hold there.
     knots : int
         Numbers that tell the network how good the data are (`cryored.prior.network.condition`); 0: it sees the map
         alone.
@@ -75,6 +77,7 @@ class ModelCard:
     evaluation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
+    weights_masked: dict[str, Any] = field(default_factory=dict)
     knots: int = 0
     uncertainty: bool = False
     target: Literal["weighted", "truth"] = "weighted"
@@ -158,7 +161,7 @@ def _check_card(card: ModelCard, path: Path) -> None:
         ),
         *(
             (name, isinstance(getattr(card, name), dict), "an object")
-            for name in ("training", "evaluation", "schedule", "weights", "sigma")
+            for name in ("training", "evaluation", "schedule", "weights", "weights_masked", "sigma")
         ),
         ("knots", whole(card.knots, _MOST_KNOTS, 0), f"a whole number from 0 to {_MOST_KNOTS}"),
         ("uncertainty", isinstance(card.uncertainty, bool), "true or false"),

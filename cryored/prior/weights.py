@@ -8,6 +8,10 @@ Eq. 17 of Kimanius et al. 2021 has v = tau2 and g = lambda: it believes f no mor
 the variance of a prior is the power of its error, and that of f is smaller. As f was made from the very data that B
 and K hold, v can't be derived: it is measured on maps of known truth, against the half-maps' FSC, which tells how
 good the data of a shell are. So is g: a network that was trained on truth times FSC returns too little of it.
+
+Within a solvent mask RELION's FSC is that of the mask, corrected for it. A map that has it is noisier than one that has
+the same FSC in the whole box, and its denoised map is worse: such requests have weights of their own, measured within
+the mask.
 """
 
 from __future__ import annotations
@@ -134,8 +138,16 @@ def parse_calibration(content: Any, name: str) -> Calibration:
     return Calibration(lists[0], lists[1], lists[2], trust, name)
 
 
-def model_calibration(model: Model) -> Calibration | None:
-    """Return the calibration in a model's card, None where it has none."""
-    if not model.card.weights:
-        return None
-    return parse_calibration(model.card.weights, str(model.folder / CARD))
+def model_calibration(model: Model, masked: bool = False) -> Calibration | None:
+    """Return the calibration in a model's card, None where it has none.
+
+    Parameters
+    ----------
+    model : Model
+    masked : bool
+        For an FSC within a solvent mask, corrected for it. A card without such weights has one calibration for all.
+    """
+    card, name = model.card, str(model.folder / CARD)
+    if masked and card.weights_masked:
+        return parse_calibration(card.weights_masked, f"{name}, weights_masked")
+    return parse_calibration(card.weights, name) if card.weights else None

@@ -203,11 +203,12 @@ def _described(request: Request, updater: Updater) -> dict[str, Any]:
         "padding": request.pad,
         "current_size": 2 * request.r_max,
         "fsc": "estimated from tau2 and K" if request.estimated else "of the half-maps",
+        "mask": None if request.mask is None else str(request.mask),
         "nominal_resolution": None if resolution is None or np.isinf(resolution) else round(resolution, 3),
         "lambda": round(lam, 4),
         "schedule": updater.schedule.source if settings.lam is None else None,
         "weights": {
-            "rule": updater.rule,
+            "rule": updater.rule(request.mask is not None),
             "trust": settings.trust,
             "precision": _rounded(weights.precision[: request.r_max + 1]),
             "gain": _rounded(weights.gain[: request.r_max + 1]),

@@ -134,19 +134,23 @@ class Updater:
         """What lambda follows unless it is given as a number."""
         return self.settings.schedule or model_schedule(self.model)
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """What weighs the denoised map; None stands for eq. 17."""
+    def calibration(self, masked: bool = False) -> Calibration | None:
+        """Return what weighs the denoised map; None stands for eq. 17.
+
+        Parameters
+        ----------
+        masked : bool
+            For a request whose FSC is of a solvent mask (`Request.mask`).
+        """
         if self.settings.lam is not None or self.settings.schedule is not None:
             return None
-        return model_calibration(self.model)
+        return model_calibration(self.model, masked)
 
-    @property
-    def rule(self) -> str:
-        """Where the weights come from, in words."""
+    def rule(self, masked: bool = False) -> str:
+        """Return in words where the weights come from."""
         if self.settings.lam is not None:
             return "eq. 17"
-        calibration = self.calibration
+        calibration = self.calibration(masked)
         if calibration is None:
             return f"eq. 17, lambda by {self.schedule.source}"
         return f"calibrated in {calibration.source}"
@@ -228,7 +232,7 @@ class Updater:
         strength = lam * crossover(request.frequency, request.pixel_size, self.model.card.pixel_size)
         if self.settings.prior_limit is not None:
             strength = strength * fade_out(request.frequency, 1 / self.settings.prior_limit)
-        calibration = self.calibration
+        calibration = self.calibration(request.mask is not None)
         if calibration is None:
             return published_weights(strength)
         fsc = known_fsc(request)

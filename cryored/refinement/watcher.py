@@ -386,14 +386,14 @@ def watch_folder(
     pages = None
     if options.report is not None:
         check_report(options.report, options.overwrite)
-        facts = {"Folder": folder, "Model": model, "Lambda": rule, "Weights": updater.rule}
+        facts = {"Folder": folder, "Model": model, "Lambda": rule, "Weights": updater.rule()}
         pages = Report(options.report, f"cryored watch {folder}", facts, live=True)
         add_logged(pages, read_logs(place))
     if settings.lam != 0:
         check_weights(updater.model)
         logger.info("%s: loading model %s ...", folder, model)
         updater.denoiser.load()
-    titles = (f"cryored watch {folder}", f"model {model}", f"lambda {rule}; weights {updater.rule}")
+    titles = (f"cryored watch {folder}", f"model {model}", f"lambda {rule}; weights {updater.rule()}")
     with Presence(place, options.hook_options) as presence, Table(*titles, console=console) as table:
         server = Server(place, updater, files, show=_shown(updater, table, pages))
         inbox, looking = Inbox(place, presence.token), Poll(place) if options.poll else None

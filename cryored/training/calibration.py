@@ -8,13 +8,15 @@ In bins of c, each structure counting the same and each shell as a fraction of i
 which is what the prior N(g f, v) asks for; tau2 is RELION's estimate of |t|**2. Where the weights K are even within
 a shell the update is x = a r + b f with a = c / (c + p (1 - c)) and b = g p (1 - c) / (c + p (1 - c)), so that six
 sums a shell tell the error of any weights without a reconstruction.
+
+Where c is of a solvent mask, t, r and f are taken within it: RELION takes away what is outside.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ class Moments:
         Nominal, in angstrom.
     fsc, rr, ff, tr, tf, rf : (shells,) float64
         Sums of the truth t, the unregularised map r and the denoised map f; tr is <t, r>.
+    masked : bool
+        All within the solvent mask that RELION corrected the FSC for.
     """
 
     structure: str
@@ -61,6 +65,7 @@ class Moments:
     tr: Floats
     tf: Floats
     rf: Floats
+    masked: bool = field(default=False, kw_only=True)
 
     def error(self, a: Floats, b: Floats) -> Floats:
         """Return |t - a r - b f|**2 of each shell."""
@@ -68,7 +73,15 @@ class Moments:
         return found
 
 
-def moments(structure: str, resolution: float, truth: Array, noisy: Array, denoised: Array, fsc: Floats) -> Moments:
+def moments(
+    structure: str,
+    resolution: float,
+    truth: Array,
+    noisy: Array,
+    denoised: Array,
+    fsc: Floats,
+    mask: Array | None = None,
+) -> Moments:
     """Return the sums of one map.
 
     Parameters
@@ -80,8 +93,12 @@ def moments(structure: str, resolution: float, truth: Array, noisy: Array, denoi
         On one grey scale; `noisy` is the unregularised map.
     fsc : (shells,) float64
         Of the shells from 0 to the last with data.
+    mask : (z, y, x) float32, optional
+        The solvent mask that the FSC is of.
     """
     shape, shells = truth.shape, len(fsc)
+    if mask is not None:
+        truth, noisy, denoised = truth * mask, noisy * mask, denoised * mask
     index = shell_index(shape).ravel()
     twice = np.where((half_frequencies(shape[2]) * 2) % shape[2] == 0, 1.0, 2.0).astype(np.float32)
     t, r, f = forward(truth), forward(noisy), forward(denoised)
@@ -93,7 +110,7 @@ def moments(structure: str, resolution: float, truth: Array, noisy: Array, denoi
 
     power = np.maximum(by_shell(t, t), np.finfo(np.float32).tiny)
     sums = (by_shell(*maps) / power for maps in ((r, r), (f, f), (t, r), (t, f), (r, f)))
-    return Moments(structure, resolution, np.clip(fsc[1:], 0.0, 1.0), *sums)
+    return Moments(structure, resolution, np.clip(fsc[1:], 0.0, 1.0), *sums, masked=mask is not None)
 
 
 def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[Moments]:
@@ -139,6 +156,7 @@ def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[
             raw,
             denoised,
             request.fsc[: request.r_max],
+            None if request.mask is None else read_volume(request.mask).data,
         )
 
 
@@ -232,18 +250,31 @@ def _weigh(stored: dict[str, Any]) -> Weigh:
     return shares
 
 
-def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> None:
+def by_kind(maps: Sequence[Moments]) -> dict[str, list[Moments]]:
+    """Return maps of the whole box and within a mask apart, by the field of the card that weights from them are for."""
+    kinds = {"weights": [one for one in maps if not one.masked], "weights_masked": [one for one in maps if one.masked]}
+    return {kind: some for kind, some in kinds.items() if some}
+
+
+def draw_weights(path: str, stored: Mapping[str, dict[str, Any]], maps: Sequence[Moments]) -> None:
     """Draw precision and gain with each shell's own, and the error that they leave beside eq. 17's, as a PNG.
 
     Parameters
     ----------
-    stored : dict
-        Of `fit_weights`; without it only the shells are drawn.
+    stored : mapping
+        Of `fit_weights`, by kind (`by_kind`); of a kind without it only the shells are drawn.
     """
     from cryored.files.plots import new_figure, save_figure
 
-    figure = new_figure(11, 3.4)
-    left, middle, right = figure.subplots(1, 3)
+    kinds = by_kind(maps)
+    figure = new_figure(11, 3.4 * len(kinds))
+    for row, (kind, some) in zip(figure.subplots(len(kinds), 3, squeeze=False), kinds.items(), strict=True):
+        _draw_kind(row, stored.get(kind), some, "FSC of the half-maps" + (", within a mask" if some[0].masked else ""))
+    save_figure(figure, path)
+
+
+def _draw_kind(row: Any, stored: dict[str, Any] | None, maps: Sequence[Moments], title: str) -> None:
+    left, middle, right = row
     fsc = np.concatenate([item.fsc for item in maps])
     tf, ff = (np.concatenate([getattr(item, name) for item in maps]) for name in ("tf", "ff"))
     own = tf / np.maximum(ff, 1e-30)
@@ -253,7 +284,7 @@ def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> 
         if stored:
             axes.plot(stored["fsc"], stored[name], "o-", markersize=3, label="weights")
         axes.axhline(1, color="C1", linestyle="--", linewidth=0.9, label=published)
-        axes.set(xlabel="FSC of the half-maps", ylabel=name, xlim=(0, 1))
+        axes.set(xlabel=title, ylabel=name, xlim=(0, 1))
         axes.legend(frameon=False)
     left.set(yscale="log", ylabel="precision (τ² / v)", ylim=(0.8, 2e3))
     middle.set(ylim=(0, 8))
@@ -266,6 +297,5 @@ def draw_weights(path: str, stored: dict[str, Any], maps: Sequence[Moments]) -> 
         )
         means = [ratio[place == k].mean() if (place == k).any() else np.nan for k in range(20)]
         right.plot((grid[1:] + grid[:-1]) / 2, means, "o-", markersize=3, label=name)
-    right.set(xlabel="FSC of the half-maps", ylabel="error power over MAP's", xlim=(0, 1), ylim=(0, 1.1))
+    right.set(xlabel=title, ylabel="error power over MAP's", xlim=(0, 1), ylim=(0, 1.1))
     right.legend(frameon=False)
-    save_figure(figure, path)

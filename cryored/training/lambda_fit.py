@@ -35,6 +35,7 @@ from cryored.simulation.pair_table import Pair, PairRow, read_pairs
 from cryored.training.batches import Input
 from cryored.training.calibration import (
     Moments,
+    by_kind,
     draw_weights,
     fit_weights,
     moments,
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 BINS = (0.0, 4.5, 6.0, 8.0, 10.0, 15.0)  # angstrom, edges by nominal resolution
 OFF = 18.0  # angstrom: refinements of images without any signal claim 20 A, so what claims no better gets no prior
+FALLBACK = {"weights": "eq. 17", "weights_masked": "that without a mask"}
 _STEP = 0.1  # width of the bins in spatial frequency times nominal resolution
 
 
@@ -285,7 +287,8 @@ def fit_files(
     ----------
     tables : sequence of str
         Files pairs.star, and folders of recorded refinements (see `cryored.training.calibration.refinement_moments`).
-        The schedule (`fit`) comes from pairs alone; where there are none the card's stays.
+        The schedule (`fit`) comes from pairs alone, weights within a mask from refinements with
+        ``--solvent_correct_fsc``; where there are none the card's stay.
     model : str
         Name or folder.
     output : str
@@ -336,15 +339,18 @@ def fit_files(
     schedule = found.card.schedule
     if resolved or not folders:
         schedule = fit(maps) | {"structures": sorted({row.structure for row in resolved})} | of_model
-    weights: dict[str, Any] = {}
-    try:
-        weights = fit_weights(measured) | {"trust": trust} | of_model
-    except InputError as error:
-        logger.warning("no weights: %s; the update stays eq. 17", error)
+    fitted: dict[str, dict[str, Any]] = {}
+    for kind, maps_ in by_kind(measured).items():
+        try:
+            fitted[kind] = fit_weights(maps_) | {"trust": trust} | of_model
+        except InputError as error:
+            fitted[kind] = {}
+            logger.warning("no %s: %s; the update stays %s", kind, error, FALLBACK[kind])
     if plot is not None:
-        draw_weights(plot, weights, measured)
+        draw_weights(plot, fitted, measured)
     if write_to_card:
-        write_card(found.folder, dataclasses.replace(found.card, schedule=schedule, weights=weights))
-    stored = schedule | {"weights": weights}
+        changes: dict[str, Any] = {"schedule": schedule, **fitted}
+        write_card(found.folder, dataclasses.replace(found.card, **changes))
+    stored = schedule | fitted
     write_text(output, json.dumps(stored, indent=2) + "\n")
     return stored
