@@ -75,6 +75,8 @@ def _described(model: Model) -> list[tuple[str, str]]:
         rows.append(("by", str(training["command"])))
     rows += [("measured", line) for line in _measured(card.evaluation)]
     rows.append(("weights", _weights(card.weights)))
+    if card.weights_masked:
+        rows.append(("in a mask", _weights(card.weights_masked)))
     rows.append(("sha256", card.sha256))
     return rows
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,15 +240,15 @@ def _alone(fsc: Floats) -> tuple[Floats, Floats]:
 
 
 def _weigh(stored: dict[str, Any]) -> Weigh:
-    calibration = Calibration(tuple(stored["fsc"]), tuple(stored["precision"]), tuple(stored["gain"]))
+    return partial(shares, Calibration(tuple(stored["fsc"]), tuple(stored["precision"]), tuple(stored["gain"])))
 
-    def shares(fsc: Floats) -> tuple[Floats, Floats]:
-        weights = calibration(fsc.astype(np.float64), np.ones(len(fsc)))
-        pull = weights.precision * (1 - fsc)
-        whole = np.maximum(fsc + pull, 1e-9)
-        return fsc / whole, weights.gain * pull / whole
 
-    return shares
+def shares(calibration: Calibration, fsc: Floats) -> tuple[Floats, Floats]:
+    """Return what the update takes of the unregularised and of the denoised map in shells of an FSC, K being even."""
+    weights = calibration(fsc.astype(np.float64), np.ones(len(fsc)))
+    pull = weights.precision * (1 - fsc)
+    whole = np.maximum(fsc + pull, 1e-9)
+    return fsc / whole, weights.gain * pull / whole
 
 
 def by_kind(maps: Sequence[Moments]) -> dict[str, list[Moments]]:

@@ -1,0 +1,139 @@
+"""What does each feature of real maps change for a prior? One at a time, on structures that it was not trained on.
+
+    python benchmarks/features.py STRUCTURE... [--model NAME]
+
+Each structure's density is made as it is and once with each feature (`cryored.simulation.features`), and refined as in
+`cryored simulate pairs --method intermediates`: the same orientation, particles and noise, so that rows differ by the
+feature alone. Each row is a mean over structures and the later iterations of
+
+- FSC: between the half-maps, over the shells up to their 0.143: how good the data are;
+- whole, inside: the denoised map's error to the truth times FSC over the FSC-weighted map's, in the box and in the
+  molecule's mask;
+- alone: the squared error of the denoised map to the truth over the MAP map's, within the mask, mean of these shells;
+- update: the same of the updated map, by the weights in the model's card.
+
+The last two rows are of the same half-maps as the first, which the network sees otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import click
+import numpy as np
+
+from cryored.maps.fourier import apply_shells
+from cryored.maps.mask import soft_mask
+from cryored.maps.volume import Volume
+from cryored.prior.denoiser import Denoiser
+from cryored.prior.models import DEFAULT_MODEL, Model, find_model
+from cryored.prior.weights import model_calibration
+from cryored.reconstruction.projection import EVEN, Views
+from cryored.simulation.features import Features, featured_map
+from cryored.simulation.gaussian import turned
+from cryored.simulation.intermediates import Experiment, pairs_of, trajectory
+from cryored.simulation.pair_table import Pair
+from cryored.simulation.structure import Atoms, read_atoms
+from cryored.training import calibration, evaluation
+
+NONE = "none"
+FEATURES: dict[str, tuple[Features, Views]] = {
+    NONE: (Features(), EVEN),
+    "fall-off, B 80 A^2": (Features(bfactor=80), EVEN),
+    "B factors spread by 60 A^2": (Features(spread=60), EVEN),
+    "a domain turned by 8 degrees": (Features(motion=8), EVEN),
+    "8 glycans": (Features(blobs=8), EVEN),
+    "a micelle's belt": (Features(belt=0.6), EVEN),
+    "solvent contrast 0.5": (Features(solvent=0.5), EVEN),
+    "views along an axis": (Features(), Views(unevenness=4)),
+    "views from the side": (Features(), Views(unevenness=-4)),
+    "a missing cone of 30 degrees": (Features(), Views(missing_cone=30)),
+}
+SKIPPED = 2  # iterations, whose maps are the starting reference's
+LARGEST = 12.0  # angstrom, of a map that counts
+ANGLE = 8.0  # degrees that the particles' orientations are off at first
+
+
+def pairs_with(
+    atoms: Atoms, features: Features, views: Views, experiment: Experiment, *, box: int, angpix: float, seed: int
+) -> Iterator[Pair]:
+    """Yield the half-maps of an experiment's later iterations; all but the features is decided by the seed."""
+    molecule = turned(atoms, box * angpix, np.random.default_rng(seed))
+    truth = featured_map(molecule, box, angpix, 2 * angpix, features, rng=np.random.default_rng(seed + 1))
+    diameter = 2 * float(np.linalg.norm(molecule.positions, axis=1).max()) + 10.0
+    rng = np.random.default_rng(seed + 2)
+    path = trajectory(truth, angpix, experiment, diameter=diameter, views=views, rng=rng)
+    for intermediate in islice(path, SKIPPED, None):
+        for pair in pairs_of(intermediate, truth, angpix):
+            if pair.resolution <= LARGEST:
+                yield pair
+
+
+def judge(
+    model: Model, denoise: Denoiser, pair: Pair, angpix: float, sharpening: float = 0.0, masked: bool = False
+) -> tuple[float, ...]:
+    """Return FSC, whole, inside, alone and update of a half-map.
+
+    Parameters
+    ----------
+    sharpening : float
+        In squared angstrom: what the network sees is sharpened, and its answer blurred again.
+    masked : bool
+        It sees what is within the molecule's mask.
+    """
+    mask = soft_mask(Volume(pair.truth, angpix)).data
+    frequency = np.arange(len(pair.fsc)) / (len(pair.truth) * angpix)
+    sharper = np.exp(sharpening / 4 * frequency**2)
+    seen = apply_shells(evaluation.weigh(pair.noisy, pair.fsc), sharper) * (mask if masked else np.float32(1))
+    denoised = apply_shells(denoise(Volume(seen, angpix), pair.fsc).data, 1 / sharper)
+    weighted = evaluation.weigh(denoised, pair.fsc) if model.card.target == "truth" else denoised
+    judged = evaluation.judge_map(pair, weighted, angpix, structure="", name="")
+    resolved = int(np.flatnonzero(pair.fsc > 0.143).max(initial=1)) + 1
+    maps = (pair.truth, pair.noisy, denoised)
+    sums = calibration.moments("", pair.resolution, *maps, pair.fsc[:resolved], mask)
+    plain = sums.error(sums.fsc, np.zeros_like(sums.fsc))
+    alone = sums.error(np.zeros_like(sums.fsc), np.ones_like(sums.fsc))
+    weights = model_calibration(model)
+    update = alone if weights is None else sums.error(*calibration.shares(weights, sums.fsc))
+    figures = sums.fsc.mean(), judged.error_to_wiener, judged.inside_error_to_wiener
+    return (*map(float, figures), float((alone / plain).mean()), float((update / plain).mean()))
+
+
+@click.command(help=__doc__)
+@click.argument("structures", type=click.Path(exists=True), nargs=-1, required=True)
+@click.option("--model", "name", default=DEFAULT_MODEL, show_default=True)
+@click.option("--box", default=96, show_default=True)
+@click.option("--angpix", default=1.5, show_default=True)
+@click.option("--number", default=500, show_default=True, help="Particles.")
+@click.option("--snr", default=0.02, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(structures: Sequence[str], name: str, box: int, angpix: float, number: int, snr: float, seed: int) -> None:
+    """Print the table."""
+    model = find_model(name)
+    denoise = Denoiser(model)
+    experiment = Experiment(number, snr, angle=ANGLE)
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for structure in structures:
+        atoms = read_atoms(structure)
+        for feature, how in FEATURES.items():
+            pairs = list(pairs_with(atoms, *how, experiment, box=box, angpix=angpix, seed=seed))
+            rows.setdefault(feature, []).extend(judge(model, denoise, pair, angpix) for pair in pairs)
+            if feature == NONE:
+                ideal = pairs
+        rows.setdefault("seen within a mask", []).extend(
+            judge(model, denoise, pair, angpix, masked=True) for pair in ideal
+        )
+        rows.setdefault("seen sharpened by 60 A^2", []).extend(
+            judge(model, denoise, pair, angpix, sharpening=60) for pair in ideal
+        )
+        click.echo(f"{structure}: {len(ideal)} half-maps without any feature", err=True)
+    click.echo("| feature | maps | FSC | whole | inside | alone | update |\n|---|---|---|---|---|---|---|")
+    for feature, figures in rows.items():
+        if figures:
+            means = " | ".join(f"{value:.3f}" for value in np.mean(figures, axis=0))
+            click.echo(f"| {feature} | {len(figures)} | {means} |")
+
+
+if __name__ == "__main__":
+    main()
