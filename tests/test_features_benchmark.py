@@ -49,6 +49,6 @@ def test_a_denoised_map_that_is_the_truth_has_no_error(ideal, how):
     assert max(whole, inside, alone) < 0.02
     assert update < 0.4  # the weights know of no truth
     weighted = features.evaluation.weigh(pair.noisy, pair.fsc)
-    assert (np.linalg.norm(seen[0]) < np.linalg.norm(weighted)) == ("masked" in how)
+    assert (np.linalg.norm(seen[0]) < 0.99 * np.linalg.norm(weighted)) == ("masked" in how)
     plain = features.judge(find_model("cwred"), lambda volume, fsc: volume, pair, ANGPIX)
     assert plain[3] == pytest.approx(1, abs=0.05)  # the mask comes after the filter there, before it here
