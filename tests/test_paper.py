@@ -227,6 +227,23 @@ def test_noise_has_no_signal_but_the_reference_of_the_best_level(experiment, ref
 # What is done, and what is done again
 
 
+def test_a_run_is_outdated_by_the_weights_that_it_uses(experiment, monkeypatch, tmp_path):
+    shutil.copytree(Path(__file__).parents[1] / "share" / "models" / "cwred", tmp_path / "models" / "cwred")
+    monkeypatch.setenv("CRYORED_MODEL_PATH", str(tmp_path / "models"))
+    path = tmp_path / "models" / "cwred" / "card.json"
+    card = json.loads(path.read_text())
+
+    def priors(**changes):
+        path.write_text(json.dumps(card | changes))
+        return {name: experiment.method(plan.RUNS[name])["prior"] for name in ("map", "cwred", "cwred-mask")}
+
+    before = priors()
+    masked = priors(weights_masked=card["weights"] | {"trust": 2.0})
+    assert masked == before | {"cwred-mask": masked["cwred-mask"]} != before
+    alone = priors(weights=card["weights"] | {"trust": 2.0})
+    assert alone == before | {"cwred": alone["cwred"]} != before
+
+
 @pytest.mark.slow
 def test_what_is_done_is_kept(experiment, refined):
     assert work.do_all(experiment, [A, B], ["map", "cwred"], 2) == {}
