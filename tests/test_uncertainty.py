@@ -20,6 +20,7 @@ from cryored.maps.fsc import shell_correlation
 from cryored.maps.resample import interpolate, plan_axis
 from cryored.maps.volume import Volume, soft_sphere
 from cryored.prior.denoiser import Denoiser, predict_tiled
+from cryored.prior.kept_signal import raise_sigma
 from cryored.prior.models import ModelCard, check_uncertainty, find_model, load_network, save_model, write_card
 from cryored.prior.network import build_unet, condition
 from cryored.refinement.updater import known_fsc
@@ -196,6 +197,23 @@ def test_sigma_is_the_networks_own(model):
     log_variance = found._network.predict_on_batch(seen.data[None, ..., None])[0, ..., 1]
     assert np.abs(log_variance).max() < 6  # where the logarithm would be cut
     np.testing.assert_allclose(sigma, seen.deviation * np.exp(0.5 * np.asarray(log_variance)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sure", "both"])
+def test_sigma_rises_where_little_of_the_signal_told_is_kept(model, monkeypatch, name):
+    """A network that takes four fifths of the map away; of one trained towards truth times FSC nothing can be said."""
+
+    def predict(self, data, told=None):
+        return np.stack([0.8 * data, np.full_like(data, 0.04)], axis=1).reshape(-1, *data.shape[1:])
+
+    monkeypatch.setattr(Denoiser, "_predict", predict)
+    found, volume, fsc = denoiser(model(name)), molecule(), np.full(BOX // 2 + 1, 0.5)
+    result, sigma = found.with_uncertainty(volume, fsc)
+    plain = found.with_uncertainty(volume)[1].data
+    np.testing.assert_allclose(plain, 0.2 * found._see(volume, fsc).deviation, rtol=1e-5)
+    expected = plain if name == "sure" else raise_sigma(plain, volume, result, fsc)
+    np.testing.assert_allclose(sigma.data, expected, rtol=1e-5)
+    assert (expected.mean() > 1.1 * plain.mean()) == (name == "both")
 
 
 @pytest.mark.slow

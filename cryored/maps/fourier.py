@@ -95,10 +95,14 @@ def low_pass(data: Floats, voxel_size: float, resolution: float, threads: int | 
 
 def shell_power(transform: Complexes, shape: tuple[int, int, int]) -> npt.NDArray[np.float64]:
     """Return the mean power |F|**2 of each shell up to Nyquist."""
+    return shell_mean(transform.real**2 + transform.imag**2, shape)
+
+
+def shell_mean(values: Floats, shape: tuple[int, int, int]) -> npt.NDArray[np.float64]:
+    """Return the mean over each shell up to Nyquist of numbers on the half-transform of a map of `shape`."""
     index = shell_index(shape).ravel()
-    power = (transform.real**2 + transform.imag**2).ravel()
     size = max(shape) // 2 + 1
-    total = np.bincount(index, weights=power, minlength=size)[:size]
+    total = np.bincount(index, weights=values.ravel(), minlength=size)[:size]
     return total / np.maximum(np.bincount(index, minlength=size)[:size], 1)
 
 

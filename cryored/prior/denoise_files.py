@@ -23,6 +23,7 @@ from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser, Progress, silent
 from cryored.prior.falloff import guinier_bfactor, sharpened, sharpening
+from cryored.prior.kept_signal import LEAST_KEPT, can_judge, kept_signal
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ _SHARPENED = 25.0  # B factor in square angstrom from which on a map counts as s
 _DEAR = 2.0e8  # voxels at the model's pixel size, from which on a map takes ten minutes and more on a CPU
 _BYTES, _SECONDS = 40, 4e-7  # per such voxel, on a CPU
 _ACTIVE = 0.01  # relative change of a shell from which on the prior did something there
+_RESOLVED = np.float64(0.143)  # FSC of the halves below which nobody believes a shell anyway
+_DOUBTED = 3  # shells that keep little signal, from which on it is said; of 140 maps of proteins one has so many
 
 Curve = npt.NDArray[np.floating]
 
@@ -104,6 +107,8 @@ class _Source:
         By how many square angstrom it was sharpened, which is undone in `volume`.
     path : str or None
         The file that holds it as it was, if one does.
+    averaged : bool
+        It is the average of both halves, and `fsc` its FSC to the truth.
     """
 
     name: str
@@ -111,6 +116,7 @@ class _Source:
     fsc: Curve | None
     sharpening: float = 0.0
     path: str | None = None
+    averaged: bool = False
 
 
 def denoise_file(
@@ -166,7 +172,7 @@ def denoise_halves(
     mask = _read_mask(options.mask, half1, average)
     fsc = np.sqrt(whole_set_fsc(_half_fsc(half1, first, half2, second, mask, options)))
     source = _source(f"the average of {half1} and {half2}", average, fsc, model, options)
-    _denoise(source, mask, output, model, options, progress)
+    _denoise(replace(source, averaged=True), mask, output, model, options, progress)
 
 
 def denoise_job(
@@ -336,12 +342,14 @@ def _denoise(
     if options.uncertainty is None:
         found = [denoiser(source.volume, source.fsc)]
     else:
-        found = [*denoiser.with_uncertainty(source.volume, source.fsc)]
+        found = [*denoiser.with_uncertainty(source.volume, source.fsc, averaged=source.averaged)]
+    kept = None
     finish = _finisher(source, mask, options)
     given, *results = (finish(volume) for volume in (source.volume, *found))
     if denoiser.device_name:
         logger.info("denoised with %s on %s", model.card.name, denoiser.device_name)
         _tell(source, given, results[0], mask, options)
+        kept = _kept(source, found[0], model, options)
     else:
         logger.info("%s is constant: returned as it is", source.name)
     by = f"{model.card.name} {model.card.sha256[:8]} rotations {options.rotations}"
@@ -359,7 +367,7 @@ def _denoise(
     if options.plot is not None:
         from cryored.prior.denoise_pictures import draw_denoised
 
-        draw_denoised(options.plot, given, results[0])
+        draw_denoised(options.plot, given, results[0], kept)
 
 
 def _finisher(
@@ -406,6 +414,29 @@ def _tell(
     active = active[active > 0]
     reach = f"active to {1 / frequency[active[-1]]:.2f} A" if active.size else "active nowhere"
     logger.info("%s: %s, changed by %.0f %%, %s", source.name, weighted, 100 * changed, reach)
+
+
+def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptions) -> Curve | None:
+    """Return the share of the signal told that the result keeps, NaN where none is told; warn if it is small."""
+    if source.fsc is None or not can_judge(model.card):
+        return None
+    kept = kept_signal(source.volume, denoised, source.fsc, averaged=source.averaged, threads=options.threads)
+    kept[source.fsc < (np.sqrt(whole_set_fsc(_RESOLVED)) if source.averaged else _RESOLVED)] = np.nan
+    doubted = np.flatnonzero(kept < LEAST_KEPT)
+    if len(doubted) >= _DOUBTED:
+        edge = max(denoised.shape) * denoised.voxel_size
+        logger.warning(
+            "%s: in %d shells from %.1f to %.1f A the result keeps %.0f %% of the signal that the FSC tells, where 70 "
+            "to 150 %% is usual: the FSC is too good there (overfitting, a mask's edge), or %s does not know such a "
+            "map; what it shows there is not from there",
+            source.name,
+            len(doubted),
+            edge / doubted[0],
+            edge / doubted[-1],
+            100 * max(float(np.median(kept[doubted])), 0.0),
+            model.card.name,
+        )
+    return kept
 
 
 def _is_inverted(volume: Volume) -> bool:

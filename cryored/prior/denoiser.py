@@ -22,6 +22,7 @@ from cryored.maps.volume import Volume, raised_cosine, window
 from cryored.memory import free_memory
 from cryored.prior import device
 from cryored.prior.budget import memory_in_use, network_memory
+from cryored.prior.kept_signal import can_judge, raise_sigma
 from cryored.prior.models import Model, ModelCard, check_uncertainty, load_network
 from cryored.prior.network import LOG_VARIANCE, condition
 from cryored.prior.sigma import model_sigma
@@ -223,8 +224,18 @@ class Denoiser:
         found = self._find(seen)
         return [self._subtract(*one) for one in zip(volumes, seen, (outputs[0] for outputs in found), strict=True)]
 
-    def with_uncertainty(self, volume: Volume, fsc: Curve | None = None) -> tuple[Volume, Volume]:
+    def with_uncertainty(
+        self, volume: Volume, fsc: Curve | None = None, *, averaged: bool = False
+    ) -> tuple[Volume, Volume]:
         """Denoise a map as `__call__` does, and tell how far it may be off.
+
+        Parameters
+        ----------
+        volume : Volume
+        fsc : (max(shape) // 2 + 1,) float64, optional
+            By which the map is weighted, if the model's input is regularised.
+        averaged : bool
+            It is the average of both halves, and `fsc` its FSC to the truth.
 
         Returns
         -------
@@ -232,7 +243,8 @@ class Denoiser:
             The denoised map.
         Volume
             On its grid and in its units the standard deviation that the model expects of each voxel's remaining error,
-            the difference to what it was trained towards (`ModelCard.target`), put right by its `sigma`. It counts
+            the difference to what it was trained towards (`ModelCard.target`), put right by its `sigma`, and raised
+            in shells that keep little of the signal that the FSC tells (`cryored.prior.kept_signal`). It counts
             errors up to the model's Nyquist frequency, whatever the map's: a finer map has others beyond, which nobody
             has estimated. Over tiles and rotations it is the variance that is averaged, although the mean of several
             estimates is better than each. 0 for a map without contrast at the model's pixel size.
@@ -251,7 +263,10 @@ class Denoiser:
                 plane[:] = curve(np.sqrt(plane)) ** 2
         # Linear interpolation: the ringing of a Fourier transform would make small variances negative.
         sigma = np.sqrt(interpolate(variance, seen.grids)) * np.float32(seen.deviation)
-        return self._subtract(volume, seen, error), volume.with_data(sigma)
+        denoised = self._subtract(volume, seen, error)
+        if fsc is not None and seen.data is not None and can_judge(self.model.card):
+            sigma = raise_sigma(sigma, volume, denoised, fsc, averaged=averaged, threads=self.threads)
+        return denoised, volume.with_data(sigma)
 
     @property
     def edge(self) -> int:
