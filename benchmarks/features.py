@@ -1,6 +1,6 @@
 """What does each feature of real maps change for a prior? One at a time, on structures that it was not trained on.
 
-    python benchmarks/features.py STRUCTURE... [--model NAME]
+    python benchmarks/features.py STRUCTURE... [--model NAME] [--plain]
 
 Each structure's density is made as it is and once with each feature (`cryored.simulation.features`), and refined as in
 `cryored simulate pairs --method intermediates`: the same orientation, particles and noise, so that rows differ by the
@@ -12,13 +12,15 @@ feature alone. Each row is a mean over structures and the later iterations of
 - alone: the squared error of the denoised map to the truth over the MAP map's, within the mask, mean of these shells;
 - update: the same of the updated map, by the weights in the model's card.
 
-The last two rows are of the same half-maps as the first, which the network sees otherwise.
+The last two rows are of the same half-maps as the first, which the network sees otherwise. With --plain there are no
+features, and a row for each structure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import click
 import numpy as np
@@ -108,7 +110,10 @@ def judge(
 @click.option("--number", default=500, show_default=True, help="Particles.")
 @click.option("--snr", default=0.02, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(structures: Sequence[str], name: str, box: int, angpix: float, number: int, snr: float, seed: int) -> None:
+@click.option("--plain", is_flag=True, help="Structures as they are, one by one.")
+def main(
+    structures: Sequence[str], name: str, box: int, angpix: float, number: int, snr: float, seed: int, plain: bool
+) -> None:
     """Print the table."""
     model = find_model(name)
     denoise = Denoiser(model)
@@ -116,6 +121,10 @@ def main(structures: Sequence[str], name: str, box: int, angpix: float, number: 
     rows: dict[str, list[tuple[float, ...]]] = {}
     for structure in structures:
         atoms = read_atoms(structure)
+        if plain:
+            pairs = list(pairs_with(atoms, *FEATURES[NONE], experiment, box=box, angpix=angpix, seed=seed))
+            rows[Path(structure).name.split(".")[0]] = [judge(model, denoise, pair, angpix) for pair in pairs]
+            continue
         for feature, how in FEATURES.items():
             pairs = list(pairs_with(atoms, *how, experiment, box=box, angpix=angpix, seed=seed))
             rows.setdefault(feature, []).extend(judge(model, denoise, pair, angpix) for pair in pairs)
@@ -128,7 +137,8 @@ def main(structures: Sequence[str], name: str, box: int, angpix: float, number: 
             judge(model, denoise, pair, angpix, sharpening=60) for pair in ideal
         )
         click.echo(f"{structure}: {len(ideal)} half-maps without any feature", err=True)
-    click.echo("| feature | maps | FSC | whole | inside | alone | update |\n|---|---|---|---|---|---|---|")
+    click.echo(f"| {'structure' if plain else 'feature'} | maps | FSC | whole | inside | alone | update |")
+    click.echo("|---|---|---|---|---|---|---|")
     for feature, figures in rows.items():
         if figures:
             means = " | ".join(f"{value:.3f}" for value in np.mean(figures, axis=0))

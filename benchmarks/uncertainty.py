@@ -11,6 +11,8 @@ outside:
 - ratio: root of the mean squared error over that of sigma; 1 is right, above 1 sigma is too small;
 - 68 %, 95 %: share of the voxels whose error is below 0.994 and 1.96 sigma, for a normal distribution 68 and 95 %;
 - rank: Spearman's correlation of sigma with the error's size, averaged over cubes of six voxels: does sigma say where?
+- kept: share of the signal told that the denoised map keeps (`cryored.prior.kept_signal`), median of the resolved
+  shells, of those with noise where there is any; doubted: maps of which `cryored denoise` warns.
 
 With --noise-from noise of the same power takes the signal's place from the shell on where the FSC falls below that, as
 in `cryored fsc --substitute-noise`, and the network is told that all is well. What it then makes is invented, so sigma
@@ -51,7 +53,9 @@ class Part:
     error: np.ndarray
     sigma: np.ndarray
     rank: float
-    rise: float = 1.0  # of sigma, where noise stands for the signal
+    rise: float  # of sigma, where noise stands for the signal
+    kept: float
+    doubted: bool
 
 
 def parts_of(tables: tuple[str, ...], model: models.Model, noise_from: float | None = None) -> Iterator[Part]:
@@ -64,6 +68,7 @@ def parts_of(tables: tuple[str, ...], model: models.Model, noise_from: float | N
     from cryored.maps.network_scale import standard_of
     from cryored.maps.volume import Volume
     from cryored.prior.denoiser import Denoiser
+    from cryored.prior.kept_signal import kept_signal, resolved_shells, shells_in_doubt
     from cryored.simulation.pair_table import read_pairs
     from cryored.training.evaluation import load_pair
     from cryored.training.samples import determined_share
@@ -76,14 +81,18 @@ def parts_of(tables: tuple[str, ...], model: models.Model, noise_from: float | N
             continue
         weighted = Volume(apply_shells(pair.noisy, np.clip(pair.fsc, 0, 1)), voxel_size)
         denoised, sigma = denoiser.with_uncertainty(weighted, pair.fsc)
-        untouched = sigma.data
+        untouched, start = sigma.data, 1
         if noise_from is not None:
             low = np.flatnonzero(pair.fsc[1:] < noise_from)
             if not len(low):
                 continue
-            noisy = substitute_noise(weighted.data, int(low[0]) + 1, rng=rng)
+            start = int(low[0]) + 1
+            noisy = substitute_noise(weighted.data, start, rng=rng)
             weighted = weighted.with_data(noisy.astype(np.float32))
             denoised, sigma = denoiser.with_uncertainty(weighted, pair.fsc)
+        kept = kept_signal(weighted, denoised, pair.fsc)
+        resolved = kept[start:][resolved_shells(pair.fsc)[start:]]
+        shares = np.median(resolved) if len(resolved) else np.nan, len(shells_in_doubt(kept, pair.fsc)) > 0
         known = determined_share(pair.fsc) if model.card.target == "truth" else np.clip(pair.fsc, 0, 1)
         scale = np.float32(1 / standard_of(weighted.data, voxel_size).deviation)
         error, sigma = (denoised.data - apply_shells(pair.truth, known)) * scale, sigma.data * scale
@@ -93,7 +102,7 @@ def parts_of(tables: tuple[str, ...], model: models.Model, noise_from: float | N
         for place, mask in (("inside", inside), ("outside", ~inside)):
             rise = float(np.sqrt(np.mean(sigma[mask] ** 2) / np.mean((untouched[mask] * scale) ** 2)))
             rank_here = rank if place == "inside" else np.nan
-            yield Part(row.structure, row.resolution, place, error[mask], sigma[mask], rank_here, rise)
+            yield Part(row.structure, row.resolution, place, error[mask], sigma[mask], rank_here, rise, *shares)
 
 
 def held_out(parts: list[Part]) -> tuple[list[Part], dict[str, Any]]:
@@ -136,7 +145,7 @@ def main(
         parts, curve = held_out(list(parts_of(tables, told)))
     else:
         parts, curve = list(parts_of(tables, found, noise_from)), {}
-    click.echo("resolution\tplace\tmaps\tratio\t68 %\t95 %\trank\trise")
+    click.echo("resolution\tplace\tmaps\tratio\t68 %\t95 %\trank\trise\tkept\tdoubted")
     for place in ("inside", "outside"):
         for low, high in (*RANGES, (0.0, np.inf)):
             some = [part for part in parts if part.place == place and low <= part.resolution < high]
@@ -150,7 +159,8 @@ def main(
             click.echo(
                 f"{name}\t{place}\t{len(some)}\t{np.median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})"
                 f"\t{100 * np.median(within[0]):.0f}\t{100 * np.median(within[1]):.0f}\t{rank}"
-                f"\t{np.median([part.rise for part in some]):.2f}"
+                f"\t{np.median([part.rise for part in some]):.2f}\t{np.nanmedian([part.kept for part in some]):.2f}"
+                f"\t{sum(part.doubted for part in some)}"
             )
     if curve:
         click.echo(json.dumps(curve))

@@ -14,7 +14,7 @@ from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import apply_shells
 from cryored.maps.fsc import shell_correlation, whole_set_fsc
 from cryored.maps.volume import Volume
-from cryored.prior.kept_signal import can_judge, kept_signal, raise_sigma
+from cryored.prior.kept_signal import can_judge, kept_signal, raise_sigma, resolved_shells, shells_in_doubt
 from cryored.prior.models import find_model
 
 PKA = Path(__file__).parent / "data" / "postprocess_pka"
@@ -101,6 +101,18 @@ def test_the_variance_is_that_of_the_signal_missed_and_of_what_stands_in_its_pla
     # All of it but the little by which chance makes the two alike.
     assert added.sum() == pytest.approx((error**2).sum(), rel=0.15)
     assert added[truth != 0].mean() == pytest.approx(1000 * added[truth == 0].mean(), rel=1e-3)
+
+
+def test_shells_in_doubt():
+    fsc = np.array([1, 1, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0])
+    kept = np.array([np.nan, 0.4, 0.9, 0.3, 0.6, 0.49, 0.1, np.nan])
+    np.testing.assert_array_equal(resolved_shells(fsc), [0, 1, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(shells_in_doubt(kept, fsc), [1, 3, 5])
+    kept[1] = 0.6  # two are chance
+    assert len(shells_in_doubt(kept, fsc)) == 0
+    # Of both halves an FSC to the truth of 0.5 is one of 0.143 between them.
+    np.testing.assert_array_equal(resolved_shells(fsc, averaged=True), [0, 1, 1, 1, 0, 0, 0, 0])
+    assert len(shells_in_doubt(np.zeros(8), fsc, averaged=True)) == 3
 
 
 def test_models_that_can_be_judged():

@@ -23,7 +23,7 @@ from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser, Progress, silent
 from cryored.prior.falloff import guinier_bfactor, sharpened, sharpening
-from cryored.prior.kept_signal import LEAST_KEPT, can_judge, kept_signal
+from cryored.prior.kept_signal import can_judge, kept_signal, resolved_shells, shells_in_doubt
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ _SHARPENED = 25.0  # B factor in square angstrom from which on a map counts as s
 _DEAR = 2.0e8  # voxels at the model's pixel size, from which on a map takes ten minutes and more on a CPU
 _BYTES, _SECONDS = 40, 4e-7  # per such voxel, on a CPU
 _ACTIVE = 0.01  # relative change of a shell from which on the prior did something there
-_RESOLVED = np.float64(0.143)  # FSC of the halves below which nobody believes a shell anyway
-_DOUBTED = 3  # shells that keep little signal, from which on it is said; of 140 maps of proteins one has so many
 
 Curve = npt.NDArray[np.floating]
 
@@ -417,13 +415,13 @@ def _tell(
 
 
 def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptions) -> Curve | None:
-    """Return the share of the signal told that the result keeps, NaN where none is told; warn if it is small."""
+    """Return the share of the signal told that the result keeps, NaN where nothing is resolved; warn if it is small."""
     if source.fsc is None or not can_judge(model.card):
         return None
-    kept = kept_signal(source.volume, denoised, source.fsc, averaged=source.averaged, threads=options.threads)
-    kept[source.fsc < (np.sqrt(whole_set_fsc(_RESOLVED)) if source.averaged else _RESOLVED)] = np.nan
-    doubted = np.flatnonzero(kept < LEAST_KEPT)
-    if len(doubted) >= _DOUBTED:
+    averaged = source.averaged
+    kept = kept_signal(source.volume, denoised, source.fsc, averaged=averaged, threads=options.threads)
+    doubted = shells_in_doubt(kept, source.fsc, averaged=averaged)
+    if len(doubted):
         edge = max(denoised.shape) * denoised.voxel_size
         logger.warning(
             "%s: in %d shells from %.1f to %.1f A the result keeps %.0f %% of the signal that the FSC tells, where 70 "
@@ -436,7 +434,7 @@ def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptio
             100 * max(float(np.median(kept[doubted])), 0.0),
             model.card.name,
         )
-    return kept
+    return np.where(resolved_shells(source.fsc, averaged=averaged), kept, np.nan)
 
 
 def _is_inverted(volume: Volume) -> bool:

@@ -20,10 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.maps.fourier import Complexes, forward, shell_index, shell_mean, shell_power
+from cryored.maps.fsc import whole_set_fsc
 from cryored.maps.volume import Volume
 from cryored.prior.models import ModelCard
 
 LEAST_KEPT = 0.5  # below, a shell is in doubt; maps of proteins keep 0.7 to 1.5, noise in their place 0.05 to 0.4
+_RESOLVED = np.float64(0.143)  # FSC of the halves below which nobody believes a shell anyway
+_FEWEST = 3  # resolved shells in doubt from which on it is said; of 140 maps of proteins one has so many
 _LEAST_FSC = 0.05  # below, the power of the signal is not known
 
 Curve = npt.NDArray[np.floating]
@@ -58,6 +61,19 @@ def kept_signal(
     """
     given, found = forward(weighted.data, threads), forward(denoised.data, threads)
     return _kept(given, found, weighted.shape, fsc, averaged)
+
+
+def resolved_shells(fsc: Curve, *, averaged: bool = False) -> npt.NDArray[np.bool_]:
+    """Return which shells but the first have an FSC between the halves of 0.143; see `kept_signal`."""
+    resolved = np.asarray(fsc) >= (np.sqrt(whole_set_fsc(_RESOLVED)) if averaged else _RESOLVED)
+    resolved[0] = False
+    return resolved
+
+
+def shells_in_doubt(kept: Curve, fsc: Curve, *, averaged: bool = False) -> npt.NDArray[np.intp]:
+    """Return the resolved shells that keep less than half of the signal told; none if there are fewer than three."""
+    found = np.flatnonzero(resolved_shells(fsc, averaged=averaged) & (kept < LEAST_KEPT))
+    return found if len(found) >= _FEWEST else found[:0]
 
 
 def raise_sigma(
