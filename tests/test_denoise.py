@@ -20,14 +20,13 @@ from cryored.errors import InputError, ModelError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import apply_shells, forward, shell_index, spatial_frequency
 from cryored.maps.fsc import shell_correlation
-from cryored.maps.network_scale import contrast_of, molecular_mass, standard_of
+from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, fourier_resize, plan_axis
 from cryored.maps.volume import Volume, soft_sphere, window
 from cryored.prior import denoiser as denoise
 from cryored.prior.denoise_files import DenoiseOptions, denoise_file
 from cryored.prior.denoiser import Denoiser, crossover, cube_rotations, predict_tiled, rotate, rotate_back
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, find_model
-from cryored.simulation.density import gaussian_map
 from cryored.simulation.gaussian import gaussian_pairs
 from cryored.simulation.structure import check_fits, read_atoms
 
@@ -252,47 +251,6 @@ def test_the_level_is_the_solvents_not_the_mean():
 @pytest.mark.parametrize("value", [0.0, 3.0, -0.1, 1e6])
 def test_a_constant_map_has_no_contrast(value):
     assert standard_of(np.full((9, 8, 7), value, dtype=np.float32), 1.5).deviation == 0
-
-
-@pytest.mark.parametrize(("box", "voxel_size"), [(64, 1.5), (96, 1.5), (80, 1.2), (48, 3.0)])
-def test_a_map_tells_the_mass_of_its_molecule(box, voxel_size):
-    atoms = read_atoms(STRUCTURE)
-    data = gaussian_map(atoms, box, voxel_size, max(3.0, 2 * voxel_size)).data.astype(np.float32)
-    kilodalton = atoms.masses.sum() / 1000
-    white = 2 * (1.5 / voxel_size) ** 1.5  # of one power at 20 A whatever the voxels
-    for scale, level, noise_level in ((1, 0, 0), (-5, 3, 0), (1, 0, white)):
-        given = scale * data + level + noise_level * data.std() * noise(data.shape)
-        assert molecular_mass(given, voxel_size, level) == pytest.approx(kilodalton, rel=0.08)
-    assert molecular_mass(np.zeros((20, 20, 20), np.float32), 1.5, 0.0) == 0
-
-
-def test_a_ball_weighs_its_volume():
-    data = soft_sphere((96, 96, 96), 30, 3).astype(np.float32)
-    assert molecular_mass(data, 2.0, 0.0) == pytest.approx(4 / 3 * np.pi * 63**3 / 1370, rel=0.05)
-
-
-def test_only_larger_molecules_than_in_training_get_more_contrast():
-    assert contrast_of(10, 50, 100) == contrast_of(100, 50, 100) == 1
-    assert contrast_of(120, 50, 100) == pytest.approx(1.2)  # no step at the end of what is known
-    assert contrast_of(800, 50, 100) == 4  # as faint as one of 50 kDa
-    assert contrast_of(30, 10, 20) == pytest.approx(1.5)
-    masses = np.linspace(50, 1000, 50)
-    assert (np.diff([contrast_of(mass, 50, 100) for mass in masses]) >= 0).all()
-
-
-@pytest.mark.parametrize(("masses", "contrast"), [((), 1), ((50.0, 100.0), 1), ((1.0, 2.0), None)])
-def test_what_the_network_sees_of_a_large_molecule(monkeypatch, masses, contrast):
-    volume, seen = blob(48, 1.5), []
-    model = model_with(monkeypatch, lambda data: seen.append(data) or 0.3 * data, masses=masses)
-    result = Denoiser(model)(volume)
-    standard = standard_of(volume.data, 1.5)
-    if contrast is None:
-        mass = molecular_mass(volume.data, 1.5, standard.level)
-        contrast = contrast_of(mass, *masses)
-        assert contrast > 1.2
-    np.testing.assert_allclose(seen[0], contrast * standard.apply(volume.data), rtol=1e-5, atol=1e-6)
-    # What a linear network does is the same at any contrast.
-    np.testing.assert_allclose(result.data, 0.7 * volume.data + 0.3 * standard.level, atol=1e-5)
 
 
 # The denoiser around the network

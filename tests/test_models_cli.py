@@ -31,7 +31,6 @@ def test_one_model_tells_what_it_is_for():
     text = done.stdout
     for words in ("trained on:   simulated maps: structures ", "for:          maps resolved to 3 to 20 A", "trust 4"):
         assert words in text
-    assert "molecules:    48.1 kDa in the median, 92.1 at most" in text
     assert "4.5-6 A: error 0.296 of the filtered map's, inside the molecule 0.721" in text
     assert json.loads(models("cwred", "--json").stdout)["sha256"] == find_model("cwred").card.sha256
     assert "none: the update is eq. 17" in models("cwred-paper").stdout

@@ -263,7 +263,6 @@ def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
     assert second.exit_code == 0, second.exception
     found = find_model(str(out))
     assert found.card.target == "truth"
-    assert found.card.masses == (38.0, 38.0)
     assert found.card.training["step"] > begun["step"]
     assert (out / "state" / "training.csv").read_text().startswith("step,seconds,loss")
     volume = Volume(rng().normal(size=(24, 24, 24)).astype(np.float32), 5.0)

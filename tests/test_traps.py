@@ -163,8 +163,6 @@ def test_dark_density_is_noticed(halves, monkeypatch):
         ("knots", True, "a whole number from 0 to 1024"),
         ("uncertainty", 1, "true or false"),
         ("target", "half", "'weighted' or 'truth'"),
-        ("masses", [40], "nothing, or two positive numbers of kDa"),
-        ("masses", [90, 40], "nothing, or two positive numbers of kDa"),
     ],
 )
 def test_a_card_is_checked_when_it_is_read(tmp_path, field, value, expected):

@@ -71,10 +71,6 @@ def _described(model: Model) -> list[tuple[str, str]]:
         ("tells", "the map, and how sure it is" if card.uncertainty else "the map"),
         ("trained on", "simulated maps: " + ", ".join(f"{key} {value}" for key, value in facts.items())),
     ]
-    if card.masses:
-        typical, largest = card.masses
-        known = f"{typical:g} kDa in the median, {largest:g} at most; larger ones are shown with more contrast"
-        rows.append(("molecules", known))
     if training.get("command"):
         rows.append(("by", str(training["command"])))
     rows += [("measured", line) for line in _measured(card.evaluation)]

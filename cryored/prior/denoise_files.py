@@ -425,8 +425,8 @@ def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptio
         edge = max(denoised.shape) * denoised.voxel_size
         logger.warning(
             "%s: in %d shells from %.1f to %.1f A the result keeps %.0f %% of the signal that the FSC tells, where 70 "
-            "to 150 %% is usual: the FSC is too good there (overfitting, a mask's edge), or %s does not know such a "
-            "map; what it shows there is not from there",
+            "to 130 %% is usual: the FSC is too good there (overfitting, a mask's edge), or %s does not know such a "
+            "map; do not rely on what it shows there",
             source.name,
             len(doubted),
             edge / doubted[0],

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from cryored.errors import InputError, ModelError
 from cryored.maps.fourier import apply_filter, spatial_frequency
-from cryored.maps.network_scale import contrast_of, molecular_mass, standard_of
+from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
 from cryored.maps.volume import Volume, raised_cosine, window
 from cryored.memory import free_memory
@@ -302,15 +302,9 @@ class Denoiser:
             return _Seen(grids, 0.0, None, told)
         sampled = to_grid(volume.data, grids, standard.level)
         # The scale is taken at the model's pixel size, where the network was trained.
-        voxel_size = volume.voxel_size * z.padded / z.resampled
-        inner = standard_of(sampled, voxel_size)
+        inner = standard_of(sampled, volume.voxel_size * z.padded / z.resampled)
         if inner.deviation == 0:
             return _Seen(grids, standard.deviation, None, told)
-        if self.model.card.masses:
-            mass = molecular_mass(sampled, voxel_size, inner.level)
-            contrast = contrast_of(mass, *self.model.card.masses)
-            logger.debug("about %.0f kDa by its volume: shown with a contrast of %.2f", mass, contrast)
-            inner = replace(inner, deviation=inner.deviation / contrast)
         return _Seen(grids, inner.deviation, inner.apply(sampled).astype(np.float32, copy=False), told)
 
     def _told(self, volume: Volume, fsc: Curve | None) -> Array | None:

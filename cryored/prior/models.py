@@ -64,9 +64,6 @@ class ModelCard:
     sigma : dict
         The sigma that it should tell against the one that it tells (see `cryored.prior.sigma.model_sigma`); empty where
         that was not measured.
-    masses : (float, float) or ()
-        Of the molecules that it was trained on, the median and the largest, in kDa: larger ones are shown to it with
-        more contrast (see `cryored.maps.network_scale.contrast_of`). Empty where that is not known.
     """
 
     name: str
@@ -85,7 +82,6 @@ class ModelCard:
     uncertainty: bool = False
     target: Literal["weighted", "truth"] = "weighted"
     sigma: dict[str, Any] = field(default_factory=dict)
-    masses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,6 @@ def find_model(name_or_path: str) -> Model:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["resolution_range"] = tuple(content["resolution_range"])
-        content["masses"] = tuple(content.get("masses", ()))
         card = ModelCard(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path}: no usable model card ({error}); train writes one") from error
@@ -171,12 +166,6 @@ def _check_card(card: ModelCard, path: Path) -> None:
         ("knots", whole(card.knots, _MOST_KNOTS, 0), f"a whole number from 0 to {_MOST_KNOTS}"),
         ("uncertainty", isinstance(card.uncertainty, bool), "true or false"),
         ("target", card.target in ("weighted", "truth"), "'weighted' or 'truth'"),
-        (
-            "masses",
-            not card.masses
-            or (len(card.masses) == 2 and all(map(number, card.masses)) and card.masses[0] <= card.masses[1]),
-            "nothing, or two positive numbers of kDa, the larger one last",
-        ),
     ):
         if not good:
             raise ModelError(f"{path}: {name} is {getattr(card, name)!r}, expected {expected}")

@@ -50,7 +50,6 @@ class State:
     refinements: int = 0
     samples: int = 0
     losses: list[float] = field(default_factory=list)
-    masses: list[float] = field(default_factory=list)  # of the refinements' molecules, in kDa
 
 
 def loss_of(calibration: float) -> Any:
@@ -281,7 +280,7 @@ def train(
     begin = time.monotonic()
     network = build(plan)
     state = load(folder, network) if (folder / STATE).exists() else State()
-    with closing(Densities(structures, plan, processes, masses=state.masses)) as densities:
+    with closing(Densities(structures, plan, processes)) as densities:
         held_out = _hold_out(validation, plan, validation_samples, max(1, processes // 4), _VALIDATION_TIME * seconds)
         source = Samples(plan, densities.stream(state.refinements), seed=plan.seed + 1000 * (state.step + 1))
         run = _Run(plan, network, state, source, held_out, [folder, *outputs])
@@ -311,7 +310,6 @@ def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str
         knots=plan.knots,
         uncertainty=True,
         target="truth",
-        masses=(float(np.median(about["masses"])), max(about["masses"])) if about.get("masses") else (),
         training={
             **about["plan"],
             "structures": structures,

@@ -85,17 +85,9 @@ def _atoms(name: str) -> Atoms:
 
 
 class Densities:
-    """Densities from processes on the host, in the order of their seeds; `masses` gets each molecule's, in kDa."""
+    """Densities from processes on the host, in the order of their seeds."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        plan: Plan,
-        processes: int,
-        features: Features | None = None,
-        masses: list[float] | None = None,
-    ) -> None:
-        self._masses = [] if masses is None else masses
+    def __init__(self, names: Sequence[str], plan: Plan, processes: int, features: Features | None = None) -> None:
         self._names, self._plan, self._features = list(names), plan, features
         # A fresh interpreter each: a process that holds a GPU must not be copied.
         self._executor = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
@@ -119,11 +111,10 @@ class Densities:
                 number += 1
             future, name = self._pending.popleft(), self._waiting.popleft()
             try:
-                data, diameter, atoms = future.result()
+                data, diameter, _ = future.result()
             except ValueError as error:
                 logger.debug("%s: left out (%s)", name, error)
                 continue
-            self._masses.append(round(float(atoms.masses.sum()) / 1000, 1))
             yield Path(name).name.split(".")[0], data, diameter
 
     def close(self) -> None:
