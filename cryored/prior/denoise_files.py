@@ -424,7 +424,7 @@ def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptio
     if len(doubted):
         edge = max(denoised.shape) * denoised.voxel_size
         logger.warning(
-            "%s: in %d shells from %.1f to %.1f A the result keeps %.0f %% of the signal that the FSC tells, where 70 "
+            "%s: in %d shells from %.1f to %.1f A the result keeps %.0f %% of the signal that the FSC tells, where 60 "
             "to 130 %% is usual: the FSC is too good there (overfitting, a mask's edge), or %s does not know such a "
             "map; do not rely on what it shows there",
             source.name,

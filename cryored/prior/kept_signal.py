@@ -24,7 +24,7 @@ from cryored.maps.fsc import whole_set_fsc
 from cryored.maps.volume import Volume
 from cryored.prior.models import ModelCard
 
-LEAST_KEPT = 0.5  # below, a shell is in doubt; maps of proteins keep 0.7 to 1.5, noise in their place 0.05 to 0.4
+LEAST_KEPT = 0.5  # below, a shell is in doubt; maps of proteins keep 0.6 to 1.3, noise in their place 0.05 to 0.4
 _RESOLVED = np.float64(0.143)  # FSC of the halves below which nobody believes a shell anyway
 _FEWEST = 3  # resolved shells in doubt from which on it is said; of 140 maps of proteins one has so many
 _LEAST_FSC = 0.05  # below, the power of the signal is not known
