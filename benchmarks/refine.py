@@ -9,6 +9,7 @@ Everything is made here: the truth from an atomic model, particles with CTF and 
 
     python benchmarks/refine.py STRUCTURE -o DIR [--variants map,cwred] [--watch] [--plot FILE.png]
 
+With ``--model FOLDER`` the model in that folder, NAME, is a variant too: ``--variants map,NAME,NAME-mask``.
 STRUCTURE may also be an MRC file, which is then the truth: a real map, prepared by benchmarks/real_truth.py.
 """
 
@@ -26,7 +27,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from cryored.prior.models import CARD, DEFAULT_MODEL, find_model
+from cryored.prior.models import CARD, DEFAULT_MODEL, ModelError, find_model
 from cryored.refinement.relion_runs import (
     LOCAL_SEARCH,
     Data,
@@ -56,21 +57,24 @@ class Variant:
         With a solvent mask made from the final map of ``map``, which is refined first.
     oracle : bool
         The truth stands in for the denoised map.
+    model : str, optional
+        Name or folder; None: the default one.
     weights : dict, optional
-        In the default model's card in place of its own.
+        In the model's card in place of its own.
     """
 
     options: str | None = None
     masked: bool = False
     oracle: bool = False
+    model: str | None = None
     weights: dict[str, tuple[float, ...]] | None = None
 
     def arguments(self, data: Data) -> list[str]:
         """Return the options of ``cryored red-update``, with a model that has the weights."""
         words = (self.options or "").split()
         if self.weights is None:
-            return words
-        model, own = find_model(DEFAULT_MODEL), data.folder / "models" / "alone"
+            return words if self.model is None else [*words, "--model", self.model]
+        model, own = find_model(self.model or DEFAULT_MODEL), data.folder / "models" / "alone"
         shutil.copytree(model.folder, own, dirs_exist_ok=True)
         card = json.loads((own / CARD).read_text(encoding="utf-8"))
         card |= {"name": own.name, "weights": self.weights, "weights_masked": {}}
@@ -104,12 +108,29 @@ VARIANTS = {
     "cwred-weak": Variant("--trust 0.25"),
     "cwred-strong": Variant("--trust 4"),
     "paper": Variant("--lambda paper"),
-    "red": Variant("--model cwred-paper --lambda 1"),
+    "red": Variant("--lambda 1", model="cwred-paper"),
     "denoised": Variant("", weights=ALONE_TO_1_7),
     "oracle": Variant(oracle=True),
 }
-VARIANTS |= {f"{name}-mask": replace(one, masked=True) for name, one in VARIANTS.items() if name != "relion"}
+MASKED = "-mask"  # ends the name of a variant with a mask
+VARIANTS |= {name + MASKED: replace(one, masked=True) for name, one in VARIANTS.items() if name != "relion"}
 PLAIN = "map"  # what the mask is made from
+
+
+def with_models(folders: Sequence[Path]) -> dict[str, Variant]:
+    """Return `VARIANTS` and each folder's model, without and with a mask, under the folder's name."""
+    known = dict(VARIANTS)
+    for folder in folders:
+        path = folder.resolve()
+        if path.name in known:
+            raise click.BadParameter(f"'{path.name}' is a variant's name: rename {folder}", param_hint="--model")
+        try:  # now, not after the first refinement
+            find_model(str(path))
+        except ModelError as error:
+            raise click.BadParameter(str(error), param_hint="--model") from error
+        one = Variant("", model=str(path))
+        known |= {path.name: one, path.name + MASKED: replace(one, masked=True)}
+    return known
 
 
 def truth_fsc(data: Data, name: str) -> npt.NDArray[np.float64]:
@@ -212,6 +233,13 @@ def draw(data: Data, names: list[str], path: Path) -> None:
 @click.argument("structure", type=click.Path(exists=True))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the runs.")
 @click.option("--variants", default="map,cwred", show_default=True, help=f"Of {', '.join(VARIANTS)}; commas between.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a model: a further variant of that name, and NAME-mask. Can be repeated.",
+)
 @click.option("--box", default=64, show_default=True)
 @click.option("--angpix", default=1.5, show_default=True)
 @click.option("--number", default=400, show_default=True, help="Particles.")
@@ -224,6 +252,7 @@ def main(
     structure: str,
     output: Path,
     variants: str,
+    models: tuple[Path, ...],
     box: int,
     angpix: float,
     number: int,
@@ -234,20 +263,20 @@ def main(
     plot: Path | None,
 ) -> None:
     """Refine simulated particles of STRUCTURE with RELION, once a variant, and compare with the truth."""
-    names = variants.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
+    names, known = variants.split(","), with_models(models)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise click.BadParameter(f"'{unknown[0]}' is none of {', '.join(VARIANTS)}", param_hint="--variants")
+        raise click.BadParameter(f"'{unknown[0]}' is none of {', '.join(known)}", param_hint="--variants")
     click.echo(f"simulating {number} particles of box {box} ...", err=True)
     data = make_data(structure, output.resolve(), box=box, angpix=angpix, number=number, snr=snr, seed=seed)
     todo = list(names)
-    if any(VARIANTS[name].masked for name in names) and PLAIN not in names and not final_map(data, PLAIN).exists():
+    if any(known[name].masked for name in names) and PLAIN not in names and not final_map(data, PLAIN).exists():
         todo.insert(0, PLAIN)
-    todo.sort(key=lambda name: VARIANTS[name].masked)  # the mask needs the plain run
+    todo.sort(key=lambda name: known[name].masked)  # the mask needs the plain run
     for name in todo:
         click.echo(f"refining: {name} ...", err=True)
         try:
-            run(data, name, watch, extra.split())
+            run(data, name, known[name], watch, extra.split())
         except RefinementError as error:
             sys.exit(str(error))
     rows = judge(data, names)
@@ -258,9 +287,9 @@ def main(
         draw(data, names, plot)
 
 
-def run(data: Data, name: str, watch: bool, extra: Sequence[str] = ()) -> None:
-    """Refine one variant."""
-    how = VARIANTS[name].reconstruction(data, watch)
+def run(data: Data, name: str, variant: Variant, watch: bool, extra: Sequence[str] = ()) -> None:
+    """Refine one variant, in a folder of that name."""
+    how = variant.reconstruction(data, watch)
     seconds = refine_by(data, name, how, search=[*LOCAL_SEARCH, *extra], on_iteration=_show_iteration)
     click.echo(f"  done in {seconds:.0f} s", err=True)
 

@@ -29,9 +29,9 @@ COLD = 2  # iterations of the run whose every request starts Python and TensorFl
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement")
     data = refine.make_data(str(STRUCTURE), folder, box=32, angpix=3.0, number=40, snr=0.3)
-    refine.run(data, "relion", watch=False)
-    refine.run(data, "map", watch=False)
-    refine.run(data, "cwred", watch=True)
+    refine.run(data, "relion", refine.VARIANTS["relion"], watch=False)
+    refine.run(data, "map", refine.VARIANTS["map"], watch=False)
+    refine.run(data, "cwred", refine.VARIANTS["cwred"], watch=True)
     how = refine.VARIANTS["cwred"].reconstruction(data)
     refine.refine_by(data, "cold", how, search=[*refine.LOCAL_SEARCH, "--auto_iter_max", str(COLD)])
     return data
