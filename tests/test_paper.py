@@ -481,6 +481,14 @@ def test_the_published_table_follows_from_the_records_that_are_kept():
     assert {key: found[key] for key in published} == published
 
 
+def test_the_published_report_follows_from_the_records_that_are_kept():
+    docs = REPOSITORY / "docs"
+    kept = Experiment(docs, docs / "paper", plan.SCALES["small"], docs)
+    command = "python benchmarks/paper --results docs/paper --report -q"
+    published = (docs / "paper_report.md").read_text(encoding="utf-8")
+    assert results.report(kept.records(plan.CELLS, list(RUNS)), command) == published, f"{command} > docs/paper_report.md"
+
+
 def test_without_map_there_is_no_mean(done):
     rows = results.table_rows({(A, "cwred"): done.record(A, "cwred")})
     assert rows[0]["mean_truth_fsc"] == rows[0]["inflation_to_map"] == "-"
