@@ -279,7 +279,7 @@ def usable(rows: Sequence[PairRow]) -> list[PairRow]:
     return [row for row in rows if np.isfinite(row.resolution)]
 
 
-def thinned(rows: Sequence[PairRow], number: int) -> list[PairRow]:
+def thinned(rows: Sequence[Any], number: int) -> list[Any]:
     """Return so many rows at most, evenly spread."""
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int))]
 
