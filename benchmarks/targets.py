@@ -10,6 +10,7 @@ other structures. Each way of training sees the same crops in the same order, fo
 - inside: the truth, the error counted a tenth outside the molecule's mask
 - by shell: the truth, the error of each shell over that of the MAP map
 - eq. 17: the truth, the error of what eq. 17 with lambda 1 makes of the estimate
+- update: the truth, the error of what the calibrated update makes of it, by the weights of the shipped model
 - not told: the truth; the network is not told the FSC
 - featured: as truth, on the second table
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,12 @@ import numpy as np
 
 from cryored.maps.fourier import apply_shells, forward, shell_power
 from cryored.prior import device, models
+from cryored.prior.weights import Calibration, model_calibration
 from cryored.simulation.pair_table import PairRow, read_pairs
 from cryored.training import calibration, evaluation, from_atoms
 from cryored.training.plan import Plan
 
-WAYS = ("truth", "truth times FSC", "inside", "by shell", "eq. 17", "not told", "featured")
+WAYS = ("truth", "truth times FSC", "inside", "by shell", "eq. 17", "update", "not told", "featured")
 FIGURES = ("whole", "inside", "weights", "alone")
 OUTSIDE = 0.1  # weight of the error there, of the way *inside*
 LEAST = 0.01  # of the MAP map's error in a shell over the largest, of the way *by shell*
@@ -92,6 +95,10 @@ def sample_of(row: PairRow, plan: Plan, way: str) -> Sample:
     if way == "eq. 17":
         shells = 1 - fsc
         rest = (regularised - apply_shells(pair.truth, fsc)) / standard.deviation
+    if way == "update":
+        of_data, shells = calibration.shares(_shipped_weights(), fsc)
+        left = apply_shells(pair.noisy, of_data) + apply_shells(target, shells) - target
+        rest = left / standard.deviation
     counted = error if shells is None else apply_shells(error, shells)
     if rest is not None:
         counted = counted + rest
@@ -107,6 +114,13 @@ def sample_of(row: PairRow, plan: Plan, way: str) -> Sample:
         None if rest is None else rest.astype(half),
         None if shells is None else shells.astype(np.float32),
     )
+
+
+@cache
+def _shipped_weights() -> Calibration:
+    weights = model_calibration(models.find_model(models.DEFAULT_MODEL))
+    assert weights is not None
+    return weights
 
 
 def draw_crops(samples: Sequence[Sample], plan: Plan, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
