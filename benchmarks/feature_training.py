@@ -26,6 +26,7 @@ import numpy as np
 from features import ANGLE, CASES, LARGEST, NONE, Case, denoised_map, pairs_with, sums_of
 from targets import Sample, thinned, train
 
+from cryored.errors import InputError
 from cryored.maps.fourier import apply_shells
 from cryored.maps.network_scale import standard_of
 from cryored.prior import device, models
@@ -89,7 +90,7 @@ def samples_of(structures: Sequence[str], name: str, plan: Plan, maps: int) -> l
 
 
 def judge(model: models.Model, held: Sequence[tuple[int, list[Pair]]], name: str) -> tuple[float, float, float]:
-    """Return inside, update and alone of a model on maps with a feature."""
+    """Return inside, update and alone of a model on maps with a feature; NaN where too few are resolved for a fit."""
     denoise, angpix = Denoiser(model), model.card.pixel_size
     inside, sums = [], []
     for number, pairs in held:
@@ -99,8 +100,12 @@ def judge(model: models.Model, held: Sequence[tuple[int, list[Pair]]], name: str
             judged = evaluation.judge_map(pair, weighted, angpix, structure="", name="")
             inside.append(judged.inside_error_to_wiener)
             sums.append(sums_of(pair, denoised, angpix, str(number)))
-    error = calibration.fit_weights(sums)["error"]
-    return float(np.mean(inside)), error["weights_held_out"], error["denoised_to_1_7"]
+    try:
+        error = calibration.fit_weights(sums)["error"]
+    except InputError:
+        error = {}
+    update, alone = (float(error.get(name, np.nan)) for name in ("weights_held_out", "denoised_to_1_7"))
+    return float(np.mean(inside)), update, alone
 
 
 @click.command(help=__doc__)
