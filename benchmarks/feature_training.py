@@ -3,10 +3,11 @@
     python benchmarks/feature_training.py STRUCTURE... --validation STRUCTURE --validation STRUCTURE -o DIR
 
 One network is trained on density as it is, and one for each case of benchmarks/features.py on the same molecules,
-particles and noise with that feature, from the same weights, with the same crops in the same order; the last on
-features and views drawn at random for each molecule, as `bin/train-prior` draws them. A second seed of the first tells
-what chance does. Each row is of half-maps of the --validation structures: of those with the row's feature, by the
-network that was trained on density as it is / by that of the row; then of those without, by that of the row:
+particles and noise with that feature, from the same weights and for as many steps (with the same crops, where as many
+half-maps are resolved); the last on features and views drawn at random for each molecule, as `bin/train-prior` draws
+them. A second seed of the first tells what chance does. Each row is of half-maps of the --validation structures: of
+those with the row's feature, by the network that was trained on density as it is / by that of the row; then of those
+without, by that of the row. nan: too few maps are resolved for weights.
 
 - inside: error to the truth times FSC over the FSC-weighted map's, within the molecule's mask;
 - update: squared error to the truth over the MAP map's within the mask, by weights fitted to the network's maps of the
