@@ -137,7 +137,7 @@ def judge(model: Model, denoise: Denoiser, pair: Pair, angpix: float, case: Case
 
 @click.command(help=__doc__)
 @click.argument("structures", type=click.Path(exists=True), nargs=-1, required=True)
-@click.option("--model", "known", default=DEFAULT_MODEL, show_default=True)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--box", default=96, show_default=True)
 @click.option("--angpix", default=1.5, show_default=True)
 @click.option("--number", default=500, show_default=True, help="Particles.")
@@ -145,11 +145,11 @@ def judge(model: Model, denoise: Denoiser, pair: Pair, angpix: float, case: Case
 @click.option("--seed", default=0, show_default=True)
 @click.option("--plain", is_flag=True, help="Structures as they are, one by one.")
 def main(
-    structures: Sequence[str], known: str, box: int, angpix: float, number: int, snr: float, seed: int, plain: bool
+    structures: Sequence[str], model: str, box: int, angpix: float, number: int, snr: float, seed: int, plain: bool
 ) -> None:
     """Print the table."""
-    model = find_model(known)
-    denoise = Denoiser(model)
+    found = find_model(model)
+    denoise = Denoiser(found)
     experiment = Experiment(number, snr, angle=ANGLE)
     rows: dict[str, list[tuple[float, ...]]] = {}
     for structure in structures:
@@ -159,7 +159,7 @@ def main(
             same = case.features, case.views
             if same not in made:
                 made[same] = list(pairs_with(atoms, case, experiment, box=box, angpix=angpix, seed=seed))
-            rows.setdefault(name, []).extend(judge(model, denoise, pair, angpix, case) for pair in made[same])
+            rows.setdefault(name, []).extend(judge(found, denoise, pair, angpix, case) for pair in made[same])
         click.echo(f"{structure}: {len(made[Features(), EVEN])} half-maps without any feature", err=True)
     click.echo(f"| {'structure' if plain else 'feature'} | maps | FSC | whole | inside | alone | update |")
     click.echo("|---|---|---|---|---|---|---|")
