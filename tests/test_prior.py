@@ -18,7 +18,7 @@ from cryored.prior.network import build_unet, condition, scaled
 from cryored.simulation.density import gaussian_map
 from cryored.simulation.features import Features, draw_features, featured_map
 from cryored.simulation.intermediates import Experiment
-from cryored.simulation.structure import read_atoms
+from cryored.simulation.structure import Atoms, read_atoms
 from cryored.training import from_atoms
 from cryored.training.device_refinements import Refiner
 from cryored.training.from_atoms import learning_rate, loss_of
@@ -78,6 +78,38 @@ def test_each_feature_changes_the_density_and_leaves_the_molecule(atoms, truth, 
 def test_bfactors_and_motion_keep_the_mass(atoms, truth):
     for features in (Features(bfactor=80.0, spread=60.0), Features(motion=10.0)):
         assert featured_map(atoms, BOX, PIXEL, 6.0, features, rng=rng()).sum() == pytest.approx(truth.sum(), rel=1e-3)
+
+
+def ball(centre):
+    points = rng().normal(size=(400, 3))
+    points *= 18 * rng(1).random((400, 1)) ** (1 / 3) / np.linalg.norm(points, axis=1, keepdims=True)
+    return Atoms(points + centre, np.full(400, 6.0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_belt_is_a_cylinder_about_the_molecule(seed):
+    box, angpix, shift = 48, 3.0, (3, -2, 4)
+    maps = [
+        featured_map(ball(np.multiply(place, angpix)), box, angpix, 9.0, Features(belt=belt), rng=rng(seed))
+        for place, belt in (((0, 0, 0), 0.0), ((0, 0, 0), 0.8), (shift, 0.8))
+    ]
+    plain, belted, moved = maps
+    np.testing.assert_allclose(moved, np.roll(belted, shift[::-1], (0, 1, 2)), atol=0.02 * belted.max())
+    belt = belted - plain
+    z, y, x = (np.argwhere(belt > 0.5 * np.percentile(belt, 99)) - box // 2).T * angpix
+    places = np.stack([x, y, z], axis=1)
+    places -= places.mean(axis=0)
+    along = places @ np.linalg.svd(places, full_matrices=False)[2][2]  # across the belt it is thinnest
+    radius = np.sqrt((places**2).sum(axis=1) - along**2)
+    above, below = (np.percentile(radius[side], 90) for side in (along > 5, along < -5))
+    assert above == pytest.approx(below, abs=2.5)
+
+
+def test_glycans_that_do_not_fit_are_told_of(atoms, caplog):
+    featured_map(atoms, BOX, PIXEL, 6.0, Features(blobs=10), rng=rng())
+    assert not caplog.records
+    featured_map(ball((0, 0, 0)), 16, 3.0, 9.0, Features(blobs=10), rng=rng())
+    assert "glycans; a larger box has more" in caplog.text
 
 
 def test_a_third_is_as_ideal_as_the_model():

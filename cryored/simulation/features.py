@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,11 @@ from cryored.simulation.density import gaussian_transform
 from cryored.simulation.pair_table import Array
 from cryored.simulation.structure import Atoms
 
+logger = logging.getLogger(__name__)
+
 _CLASSES = 4  # of B factors that are told apart
 _COPIES = 5  # of a domain that moves
+_TRIES = 20  # for each glycan
 _SMOOTH = 12.0  # angstrom over which B factors are alike
 
 Doubles = npt.NDArray[np.float64]
@@ -36,7 +40,8 @@ class Features:
     Parameters
     ----------
     bfactor, spread : float
-        Decay of all amplitudes, and standard deviation of that of the atoms, in squared angstrom.
+        Decay of all amplitudes, and how far that of the atoms varies, in squared angstrom: a quarter of them each has
+        0, 0.5, 1.2 and 3 times the spread.
     motion : float
         Largest turn of a domain in degrees; 0: rigid.
     blobs : int
@@ -57,7 +62,7 @@ class Features:
 
 
 def draw_features(*, rng: np.random.Generator) -> Features:
-    """Draw: a third of the maps is as ideal as the model, the others have some of the features."""
+    """Draw: a third of the maps has nothing but a fall-off, the others have some of the features."""
     if rng.random() < 1 / 3:
         return Features(bfactor=float(rng.uniform(0, 60)))
     return Features(
@@ -119,7 +124,7 @@ def _decays(atoms: Atoms, spread: float, rng: np.random.Generator) -> Doubles:
     waves = rng.standard_normal((12, 3)) / _SMOOTH
     field = np.cos(atoms.positions @ waves.T + rng.uniform(0, 2 * np.pi, 12)).sum(axis=1) / np.sqrt(6)
     distance = np.linalg.norm(atoms.positions - atoms.positions.mean(axis=0), axis=1)
-    value = field + 2 * distance / distance.max()
+    value = field + 2 * distance / max(distance.max(), 1.0)
     rank = np.argsort(np.argsort(value)) / len(value)
     levels = np.array([0.0, 0.5, 1.2, 3.0]) * spread
     return levels[np.minimum((rank * _CLASSES).astype(int), _CLASSES - 1)]
@@ -153,21 +158,29 @@ def _surroundings(density: Array, atoms: Atoms, angpix: float, features: Feature
     level = float(density[inside].mean()) if inside.any() else 0.0
     added = np.zeros_like(density)
     centre = atoms.positions.mean(axis=0)
-    for _ in range(features.blobs):
+    placed = 0
+    for _ in range(_TRIES * features.blobs):
+        if placed == features.blobs:
+            break
         start = atoms.positions[rng.integers(len(atoms.positions))]
         outwards = (start - centre) / max(np.linalg.norm(start - centre), 1.0)
         reach = ((atoms.positions - centre) @ outwards).max()
         place = start + outwards * max(0.0, reach - (start - centre) @ outwards) * rng.uniform(0.7, 1.0) + 4 * outwards
         if np.abs(place).max() > box * angpix / 2 - 12:
-            continue
+            continue  # it would not fit the box
+        placed += 1
         width = rng.uniform(3.0, 6.0)
         square = (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2
         added += level * rng.uniform(0.3, 1.0) * np.exp(-square / (2 * width**2))
+    if placed < features.blobs:
+        logger.warning("room for %d of %d glycans; a larger box has more", placed, features.blobs)
     if features.belt:
         normal = rng.standard_normal(3)
         normal /= np.linalg.norm(normal)
-        height = x * normal[0] + y * normal[1] + z * normal[2] - rng.uniform(-15, 15)
-        radius = np.sqrt(np.maximum(x**2 + y**2 + z**2 - height**2, 0))
+        from_centre = x - centre[0], y - centre[1], z - centre[2]
+        along = sum(one * n for one, n in zip(from_centre, normal, strict=True))
+        radius = np.sqrt(np.maximum(sum(one**2 for one in from_centre) - along**2, 0))
+        height = along - rng.uniform(-15, 15)
         width = np.linalg.norm(atoms.positions - centre, axis=1).mean() + rng.uniform(8, 18)
         belt = 1 / (1 + np.exp((np.abs(height) - rng.uniform(12, 18)) / 3)) / (1 + np.exp((radius - width) / 3))
         added += level * features.belt * belt * ~inside
