@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 
 from cryored.cli import cli
 from cryored.files.mrc import read_volume, write_volume
-from cryored.maps.fourier import apply_shells, low_pass
+from cryored.maps.fourier import apply_shells, forward, low_pass, spatial_frequency
 from cryored.maps.fsc import masked_correlation, shell_correlation
 from cryored.maps.volume import Volume, soft_sphere
 from cryored.prior.denoise_files import DenoiseOptions, denoise_file
@@ -168,6 +168,25 @@ def test_the_result_is_sharpened_on_demand(truth):
     write_volume("map.mrc", truth, label="test")
     assert denoise("map.mrc", "-o", "out.mrc", "--bfactor", -80).exit_code == 0
     np.testing.assert_allclose(of("out.mrc"), sharpened(truth.data, 1.5, 80), rtol=1e-4, atol=1e-4)
+
+
+def test_sharpening_leaves_no_corners():
+    noise = np.random.default_rng(0).standard_normal((24, 24, 24)).astype(np.float32)
+    beyond = spatial_frequency(noise.shape, 1.5) > 0.3334
+    changed = np.abs(forward(sharpened(noise, 1.5, 200)))
+    assert changed[beyond].max() < 1e-6 * changed.max()
+    assert changed[12, 0, 0] == pytest.approx(np.exp(200 / 4 / 9) * np.abs(forward(noise))[12, 0, 0], rel=1e-4)
+
+
+@pytest.mark.relion
+@pytest.mark.skipif(shutil.which("relion_image_handler") is None, reason="relion_image_handler is not on the PATH")
+def test_sharpening_is_relions():
+    shutil.copy(HALVES[0], "half.mrc")
+    command = ["relion_image_handler", "--i", "half.mrc", "--o", "relion.mrc", "--angpix", "1.5", "--bfactor", "-80"]
+    subprocess.run(command, capture_output=True, check=True)
+    expected = of("relion.mrc")
+    found = sharpened(of("half.mrc"), 1.5, 80)
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.relion

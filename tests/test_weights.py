@@ -387,6 +387,27 @@ def test_maps_within_a_mask_get_weights_of_their_own(tmp_path):
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weights_that_cannot_be_fitted_leave_the_cards(tmp_path, monkeypatch, caplog):
+    from cryored.training import lambda_fit
+
+    shutil.copytree(find_model("cwred").folder, tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    sums = {name: np.ones(3) for name in ("fsc", "rr", "ff", "tr", "tf", "rf")}
+    few = [replace(synthetic("a", 0), masked=True, **sums)]
+    measured = [*(synthetic(name, seed) for name in "ab" for seed in range(5)), *few]
+    monkeypatch.setattr(lambda_fit, "recorded", lambda folder: measured)
+    monkeypatch.setattr(lambda_fit, "refinement_moments", lambda *_: iter(measured))
+    before = find_model(str(tmp_path / "model")).card
+    stored = lambda_fit.fit_files(
+        [str(tmp_path / "run")], str(tmp_path / "model"), output=str(tmp_path / "s.json"), write_to_card=True
+    )
+    after = find_model(str(tmp_path / "model")).card
+    assert after.weights == stored["weights"] != before.weights
+    assert after.weights_masked == before.weights_masked != {}
+    assert "weights_masked" not in stored
+    assert "the update stays as the card has it" in caplog.text
+
+
 def test_the_shipped_prior_is_calibrated():
     found = model_calibration(find_model("cwred"))
     assert found is not None

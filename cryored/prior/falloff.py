@@ -81,7 +81,11 @@ def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
 
 
 def sharpened(data: Floats, voxel_size: float, bfactor: float, threads: int | None = None) -> Floats:
-    """Multiply a map's transform by exp(bfactor s**2 / 4): positive values sharpen, negative ones blur."""
+    """Multiply a map's transform by exp(bfactor s**2 / 4): positive values sharpen, negative ones blur.
+
+    As in RELION (applyBFactorToMap) the corners beyond Nyquist, whose noise it would raise most, are set to 0.
+    """
     frequency = spatial_frequency(data.shape, voxel_size)
     factor = np.exp(np.float32(bfactor / 4) * frequency**2)
+    factor[frequency > np.float32((1 + 1e-6) * 0.5 / voxel_size)] = 0
     return inverse(forward(data, threads) * factor, data.shape, threads).astype(np.float32)

@@ -344,8 +344,8 @@ def fit_files(
         try:
             fitted[kind] = fit_weights(maps_) | {"trust": trust} | of_model
         except InputError as error:
-            fitted[kind] = {}
-            logger.warning("no %s: %s; the update stays %s", kind, error, FALLBACK[kind])
+            stays = "as the card has it" if getattr(found.card, kind) else FALLBACK[kind]
+            logger.warning("no %s: %s; the update stays %s", kind, error, stays)
     if plot is not None:
         draw_weights(plot, fitted, measured)
     if write_to_card:
