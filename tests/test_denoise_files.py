@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 from cryored.cli import cli
 from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import apply_shells, forward, low_pass, spatial_frequency
-from cryored.maps.fsc import masked_correlation, shell_correlation
+from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation
 from cryored.maps.volume import Volume, soft_sphere
 from cryored.prior.denoise_files import DenoiseOptions, denoise_file
 from cryored.prior.denoiser import Denoiser
@@ -81,13 +81,12 @@ def test_both_halves_give_their_average_weighted_for_the_whole(masked):
     if masked:
         fsc = masked_correlation(first, second, mask, rng=np.random.default_rng(0)).corrected
     fsc = np.clip(fsc, 0, 1)
-    expected = apply_shells((first + second) / 2, np.sqrt(2 * fsc / (1 + fsc))) * (mask if masked else 1)
+    expected = apply_shells((first + second) / 2, 2 * fsc / (1 + fsc)) * (mask if masked else 1)
     np.testing.assert_allclose(of("out.mrc"), expected, atol=1e-6 * np.abs(expected).max())
     inside = " within the mask" if masked else ""
-    # Its FSC to the truth: 0.143 lies further out than that of the halves.
-    assert re.search(
-        rf"weighted by its FSC{inside} \(0.143 at 3\.\d\d A\), changed by 0 %, active nowhere", done.stderr
-    )
+    told = rf"weighted by its FSC{inside} \(between the halves 0.143 at ([\d.]+) A\), changed by 0 %, active nowhere"
+    found = float(re.search(told, done.stderr).group(1))
+    assert found == pytest.approx(nominal_resolution(np.arange(33) / 96, fsc), abs=0.01)
 
 
 def test_the_mask_takes_part_in_the_fsc_of_a_half():
@@ -97,6 +96,17 @@ def test_the_mask_takes_part_in_the_fsc_of_a_half():
         found[name] = float(re.search(r"0.143 at ([\d.]+) A", done.stderr).group(1))
     assert found["whole"] == 4.57
     assert found["inside"] < 3.7  # RELION's own postprocess of it: 3.56 A
+
+
+def test_halves_that_are_alike_to_nyquist_are_not_corrected_for_the_mask(truth):
+    noise = np.random.default_rng(0).standard_normal((2, *truth.shape)).astype(np.float32) * truth.data.std()
+    noise = [gaussian_filter(one, 1.0) for one in noise]
+    first, second = (gaussian_filter(noise[0] + 0.2 * one, 1.0) for one in noise)
+    for name, data in (("a.mrc", first), ("b.mrc", second)):
+        write_volume(name, truth.with_data(data), label="test")
+    done = denoise("a.mrc", "--half2", "b.mrc", "--mask", PKA / "mask.mrc", "-o", "out.mrc")
+    assert done.exit_code == 0, done.output
+    assert "a.mrc and b.mrc are alike to Nyquist: their FSC within the mask is not corrected" in done.stderr
 
 
 def test_a_job_gives_the_average_of_its_halves():
@@ -203,6 +213,9 @@ def test_the_automatic_b_factor_is_relions():
     assert done.exit_code == 0, done.output
     found = float(re.search(r"by a B factor of (-?[\d.]+) A", done.stderr).group(1))
     assert found == pytest.approx(expected, rel=0.01, abs=0.1)
+    done = denoise(HALVES[0], "--half2", HALVES[1], "-o", "half.mrc", "--bfactor", "auto")
+    of_half = float(re.search(r"by a B factor of (-?[\d.]+) A", done.stderr).group(1))
+    assert of_half == pytest.approx(expected, rel=0.2)  # its noise is another
 
 
 def test_the_automatic_b_factor_needs_half_maps(truth):

@@ -173,6 +173,10 @@ def transform_correlation(transform1: Complexes, transform2: Complexes, shape: t
     return _correlate((transform1, transform2), *_shells(shape))
 
 
+class NothingToRandomiseError(InputError):
+    """Two maps are alike in all shells, so none tells what a mask adds."""
+
+
 def masked_correlation(
     data1: Floats,
     data2: Floats,
@@ -201,8 +205,10 @@ def masked_correlation(
 
     Raises
     ------
+    NothingToRandomiseError
+        The unmasked FSC never drops below 0.8.
     InputError
-        The unmasked FSC never drops below 0.8, or `randomise_from` is shell 0 or beyond Nyquist.
+        `randomise_from` is shell 0 or beyond Nyquist.
     """
     shape = data1.shape
     index, shells = _shells(shape)
@@ -211,7 +217,7 @@ def masked_correlation(
     if randomise_from is None:
         randomise_from = _first_below(unmasked, _RANDOMISE_BELOW)
         if randomise_from is None:
-            raise InputError(
+            raise NothingToRandomiseError(
                 f"the unmasked FSC never drops below {_RANDOMISE_BELOW}, expected a shell from which to "
                 "randomise phases; give --randomise-from, and check that the maps are independent"
             )

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,13 @@ from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_target, is_stream, write_text
 from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
-from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation, whole_set_fsc
+from cryored.maps.fsc import (
+    NothingToRandomiseError,
+    masked_correlation,
+    nominal_resolution,
+    shell_correlation,
+    whole_set_fsc,
+)
 from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser, Progress, silent
@@ -99,22 +106,25 @@ class _Source:
     name : str
     volume : Volume
         As the network gets it: weighted where that is called for, not sharpened.
+    given : Volume
+        As it was.
     fsc : (max(shape) // 2 + 1,) float64 or None
-        What the network is told of it.
+        What the network is told of it, and by which it is weighted: the FSC that it has to another map as good.
+    halves : (max(shape) // 2 + 1,) float64 or None
+        FSC between the half-maps: `fsc` itself, unless the map is their average.
     sharpening : float
         By how many square angstrom it was sharpened, which is undone in `volume`.
     path : str or None
         The file that holds it as it was, if one does.
-    averaged : bool
-        It is the average of both halves, and `fsc` its FSC to the truth.
     """
 
     name: str
     volume: Volume
+    given: Volume
     fsc: Curve | None
+    halves: Curve | None
     sharpening: float = 0.0
     path: str | None = None
-    averaged: bool = False
 
 
 def denoise_file(
@@ -139,7 +149,7 @@ def denoise_file(
     volume = _read(path, options)
     mask = _read_mask(options.mask, path, volume)
     fsc = None
-    if model.card.input == "regularised" or model.card.knots:
+    if model.card.input == "regularised" or model.card.knots or options.bfactor == "auto":
         fsc = _given_fsc(path, volume, mask, options)
     source = _source(path, volume, fsc, model, options)
     if not is_stream(path):
@@ -150,10 +160,11 @@ def denoise_file(
 def denoise_halves(
     half1: str, half2: str, output: str, options: DenoiseOptions = DenoiseOptions(), *, progress: Progress = silent
 ) -> None:
-    """Denoise the average of two raw half-maps, weighted by what their FSC makes of the whole data set.
+    """Denoise the average of two raw half-maps, weighted as a half-map would be that is as good.
 
-    The average's FSC to the truth is sqrt(2 f / (1 + f)), by which RELION weights its joined map (Rosenthal & Henderson
-    2003).
+    To another whole data set's map it would have an FSC of 2 f / (1 + f) (Rosenthal & Henderson 2003): the share of the
+    signal in its power, as f is that of a half. The network knows maps that are weighted by this share; RELION weights
+    its joined map by the root.
 
     Parameters
     ----------
@@ -168,9 +179,9 @@ def denoise_halves(
         raise InputError(f"{half2}: shape {second.shape} (z, y, x), expected that of {half1}, {first.shape}")
     average = first.with_data((first.data + second.data) / 2)
     mask = _read_mask(options.mask, half1, average)
-    fsc = np.sqrt(whole_set_fsc(_half_fsc(half1, first, half2, second, mask, options)))
-    source = _source(f"the average of {half1} and {half2}", average, fsc, model, options)
-    _denoise(replace(source, averaged=True), mask, output, model, options, progress)
+    halves = _half_fsc(half1, first, half2, second, mask, options)
+    source = _source(f"the average of {half1} and {half2}", average, whole_set_fsc(halves), model, options)
+    _denoise(replace(source, halves=halves), mask, output, model, options, progress)
 
 
 def denoise_job(
@@ -234,10 +245,11 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
     if model.card.input == "unregularised":
         if options.half2 or options.fsc:
             logger.info("%s takes raw maps: %s is not weighted by an FSC", model.card.name, path)
-        return _Source(path, volume, fsc)
+        return _Source(path, volume, volume, fsc, fsc)
     if fsc is not None:
         weights = np.clip(fsc, 0.0, 1.0)
-        return _Source(path, volume.with_data(apply_shells(volume.data, weights, options.threads)), fsc)
+        weighted = volume.with_data(apply_shells(volume.data, weights, options.threads))
+        return _Source(path, weighted, volume, fsc, fsc)
     logger.info(
         "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
         "--half2 or --fsc",
@@ -245,7 +257,7 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
     )
     bfactor = sharpening(volume)
     if bfactor < _SHARPENED:
-        return _Source(path, volume, None)
+        return _Source(path, volume, volume, None, None)
     if options.uncertainty is not None:
         raise InputError(
             f"{path}: sharpened, by a B factor of about -{bfactor:.0f} A^2, expected an unsharpened map for "
@@ -258,7 +270,7 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
         bfactor,
     )
     blurred = sharpened(volume.data, volume.voxel_size, -bfactor, options.threads)
-    return _Source(path, volume.with_data(blurred), None, bfactor)
+    return _Source(path, volume.with_data(blurred), volume, None, None, bfactor)
 
 
 def _check_range(path: str, volume: Volume, card: ModelCard, force: bool) -> None:
@@ -317,8 +329,12 @@ def _half_fsc(
         )
     if mask is None:
         return shell_correlation(first.data, second.data, threads=options.threads)
-    rng = np.random.default_rng(0)
-    return masked_correlation(first.data, second.data, mask, rng=rng, threads=options.threads).corrected
+    correlate = partial(masked_correlation, first.data, second.data, mask, threads=options.threads)
+    try:
+        return correlate(rng=np.random.default_rng(0)).corrected
+    except NothingToRandomiseError:
+        logger.warning("%s and %s are alike to Nyquist: their FSC within the mask is not corrected", path1, path2)
+        return correlate(rng=np.random.default_rng(0), randomise_from=max(first.shape) // 2).corrected
 
 
 def _denoise(
@@ -340,7 +356,7 @@ def _denoise(
     if options.uncertainty is None:
         found = [denoiser(source.volume, source.fsc)]
     else:
-        found = [*denoiser.with_uncertainty(source.volume, source.fsc, averaged=source.averaged)]
+        found = [*denoiser.with_uncertainty(source.volume, source.fsc)]
     kept = None
     finish = _finisher(source, mask, options)
     given, *results = (finish(volume) for volume in (source.volume, *found))
@@ -374,9 +390,9 @@ def _finisher(
     """Return what is done with every map that is written: sharpened again, sharpened more, masked."""
     wanted = options.bfactor or 0.0
     if wanted == "auto":
-        if source.fsc is None:
+        if source.halves is None:
             raise InputError(f"{source.name}: no FSC, expected that of half-maps for --bfactor auto; give a number")
-        wanted = guinier_bfactor(source.volume, np.asarray(source.fsc, dtype=np.float64))
+        wanted = guinier_bfactor(source.given, np.asarray(source.halves, dtype=np.float64))
         logger.info("%s: sharpened by a B factor of %.1f A^2, by the Guinier plot from 10 A on", source.name, wanted)
     bfactor = source.sharpening - wanted
 
@@ -399,10 +415,10 @@ def _tell(
     """Say by what the map was weighted, by how much it was changed, and to which resolution."""
     frequency = np.arange(max(given.shape) // 2 + 1) / (max(given.shape) * given.voxel_size)
     weighted = "not weighted"
-    if source.fsc is not None:
+    if source.halves is not None and source.volume is not source.given:
         inside = "" if mask is None else " within the mask"
-        at = nominal_resolution(frequency, np.asarray(source.fsc, dtype=np.float64))
-        weighted = f"weighted by its FSC{inside} (0.143 at {at:.2f} A)"
+        at = nominal_resolution(frequency, np.asarray(source.halves, dtype=np.float64))
+        weighted = f"weighted by its FSC{inside} (between the halves 0.143 at {at:.2f} A)"
     difference = result.data - given.data
     norm = float(np.linalg.norm(given.data))
     changed = float(np.linalg.norm(difference)) / norm if norm else 0.0
@@ -416,11 +432,10 @@ def _tell(
 
 def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptions) -> Curve | None:
     """Return the share of the signal told that the result keeps, NaN where nothing is resolved; warn if it is small."""
-    if source.fsc is None or not can_judge(model.card):
+    if source.fsc is None or source.halves is None or not can_judge(model.card):
         return None
-    averaged = source.averaged
-    kept = kept_signal(source.volume, denoised, source.fsc, averaged=averaged, threads=options.threads)
-    doubted = shells_in_doubt(kept, source.fsc, averaged=averaged)
+    kept = kept_signal(source.volume, denoised, source.fsc, threads=options.threads)
+    doubted = shells_in_doubt(kept, source.halves)
     if len(doubted):
         edge = max(denoised.shape) * denoised.voxel_size
         logger.warning(
@@ -434,7 +449,7 @@ def _kept(source: _Source, denoised: Volume, model: Model, options: DenoiseOptio
             100 * max(float(np.median(kept[doubted])), 0.0),
             model.card.name,
         )
-    return np.where(resolved_shells(source.fsc, averaged=averaged), kept, np.nan)
+    return np.where(resolved_shells(source.halves), kept, np.nan)
 
 
 def _is_inverted(volume: Volume) -> bool:

@@ -224,9 +224,7 @@ class Denoiser:
         found = self._find(seen)
         return [self._subtract(*one) for one in zip(volumes, seen, (outputs[0] for outputs in found), strict=True)]
 
-    def with_uncertainty(
-        self, volume: Volume, fsc: Curve | None = None, *, averaged: bool = False
-    ) -> tuple[Volume, Volume]:
+    def with_uncertainty(self, volume: Volume, fsc: Curve | None = None) -> tuple[Volume, Volume]:
         """Denoise a map as `__call__` does, and tell how far it may be off.
 
         Parameters
@@ -234,8 +232,6 @@ class Denoiser:
         volume : Volume
         fsc : (max(shape) // 2 + 1,) float64, optional
             By which the map is weighted, if the model's input is regularised.
-        averaged : bool
-            It is the average of both halves, and `fsc` its FSC to the truth.
 
         Returns
         -------
@@ -265,7 +261,7 @@ class Denoiser:
         sigma = np.sqrt(interpolate(variance, seen.grids)) * np.float32(seen.deviation)
         denoised = self._subtract(volume, seen, error)
         if fsc is not None and seen.data is not None and can_judge(self.model.card):
-            sigma = raise_sigma(sigma, volume, denoised, fsc, averaged=averaged, threads=self.threads)
+            sigma = raise_sigma(sigma, volume, denoised, fsc, threads=self.threads)
         return denoised, volume.with_data(sigma)
 
     @property

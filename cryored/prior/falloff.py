@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from cryored.errors import InputError
 from cryored.maps.fourier import forward, inverse, shell_index, shell_power, spatial_frequency
+from cryored.maps.fsc import whole_set_fsc
 from cryored.maps.volume import Floats, Volume
 
 # Logarithm of the amplitude of proteins whose atoms are Gaussians of 3 A, the mean of 40 structures (their scatter is
@@ -52,15 +53,15 @@ def sharpening(volume: Volume) -> float:
 def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
     """Return the B factor that relion_postprocess --auto_bfac sharpens by, in square angstrom; negative sharpens.
 
-    Four times the slope of the logarithm of the mean amplitude against 1 / d**2, from 10 A to the shell before the FSC
-    first drops below 0.0001 (Postprocessing::sharpenMap).
+    Four times the slope of the logarithm of the mean amplitude, weighted by sqrt(2 FSC / (1 + FSC)), against 1 / d**2,
+    from 10 A to the shell before the FSC first drops below 0.0001 (Postprocessing::sharpenMap).
 
     Parameters
     ----------
     volume : Volume
-        The average of two half-maps, weighted by sqrt(2 FSC / (1 + FSC)).
+        A raw half-map, or the average of both.
     fsc : (max(shape) // 2 + 1,) float64
-        Of the half-maps, or the weights: their zeros are the same.
+        Of the half-maps.
 
     Raises
     ------
@@ -72,6 +73,7 @@ def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
     count = np.bincount(shell_index(volume.shape).ravel())[: box // 2 + 1]
     frequency = np.arange(box // 2 + 1) / (box * volume.voxel_size)
     below = np.flatnonzero(np.asarray(fsc) < 1e-4)
+    amplitude = amplitude * np.sqrt(whole_set_fsc(fsc))
     used = (frequency >= 1 / _COARSEST) & (amplitude > 0)
     if below.size:
         used[below[0] :] = False

@@ -10,8 +10,7 @@ Near 1 the network finds in the data what the FSC promises. Far below it does no
 signal - halves aligned to the same noise, a mask's edge - or the map is of a kind that the network does not know. What
 f has there it has made from other shells.
 
-The average of both halves is weighted by C = sqrt(2 FSC / (1 + FSC)), its FSC to the truth, of which the square is the
-signal's share: S = C^2 <x, x> = <w, w>, and kept = <f, w> / (C <w, w>).
+For the average of both halves the FSC is that of two such averages, 2 FSC / (1 + FSC).
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.maps.fourier import Complexes, forward, shell_index, shell_mean, shell_power
-from cryored.maps.fsc import whole_set_fsc
 from cryored.maps.volume import Volume
 from cryored.prior.models import ModelCard
 
 LEAST_KEPT = 0.5  # below, a shell is in doubt; maps of proteins keep 0.6 to 1.3, noise in their place 0.05 to 0.4
-_RESOLVED = np.float64(0.143)  # FSC of the halves below which nobody believes a shell anyway
+_RESOLVED = 0.143  # FSC of the halves below which nobody believes a shell anyway
 _FEWEST = 3  # resolved shells in doubt from which on it is said; of 140 maps of proteins one has so many
 _LEAST_FSC = 0.05  # below, the power of the signal is not known
 
@@ -38,9 +36,7 @@ def can_judge(card: ModelCard) -> bool:
     return card.input == "regularised" and card.target == "truth"
 
 
-def kept_signal(
-    weighted: Volume, denoised: Volume, fsc: Curve, *, averaged: bool = False, threads: int | None = None
-) -> Curve:
+def kept_signal(weighted: Volume, denoised: Volume, fsc: Curve, *, threads: int | None = None) -> Curve:
     """Return the share of the signal told that a denoised map keeps in each shell.
 
     Parameters
@@ -49,8 +45,6 @@ def kept_signal(
         What the network was shown, and what it made of it.
     fsc : (max(shape) // 2 + 1,) float
         By which the one is weighted.
-    averaged : bool
-        It is the average of both halves, and `fsc` its FSC to the truth.
     threads : int, optional
         For the transforms; all cores by default.
 
@@ -60,25 +54,23 @@ def kept_signal(
         NaN at zero frequency and where the FSC is too low to tell the signal's power.
     """
     given, found = forward(weighted.data, threads), forward(denoised.data, threads)
-    return _kept(given, found, weighted.shape, fsc, averaged)
+    return _kept(given, found, weighted.shape, fsc)
 
 
-def resolved_shells(fsc: Curve, *, averaged: bool = False) -> npt.NDArray[np.bool_]:
-    """Return which shells but the first have an FSC between the halves of 0.143; see `kept_signal`."""
-    resolved = np.asarray(fsc) >= (np.sqrt(whole_set_fsc(_RESOLVED)) if averaged else _RESOLVED)
+def resolved_shells(fsc: Curve) -> npt.NDArray[np.bool_]:
+    """Return which shells but the first have an FSC between the halves of 0.143."""
+    resolved = np.asarray(fsc) >= _RESOLVED
     resolved[0] = False
     return resolved
 
 
-def shells_in_doubt(kept: Curve, fsc: Curve, *, averaged: bool = False) -> npt.NDArray[np.intp]:
-    """Return the resolved shells that keep less than half of the signal told; none if there are fewer than three."""
-    found = np.flatnonzero(resolved_shells(fsc, averaged=averaged) & (kept < LEAST_KEPT))
+def shells_in_doubt(kept: Curve, fsc: Curve) -> npt.NDArray[np.intp]:
+    """Return the shells, resolved by the halves' FSC, that keep less than half of the signal told; none if but two."""
+    found = np.flatnonzero(resolved_shells(fsc) & (kept < LEAST_KEPT))
     return found if len(found) >= _FEWEST else found[:0]
 
 
-def raise_sigma(
-    sigma: Array, weighted: Volume, denoised: Volume, fsc: Curve, *, averaged: bool = False, threads: int | None = None
-) -> Array:
+def raise_sigma(sigma: Array, weighted: Volume, denoised: Volume, fsc: Curve, *, threads: int | None = None) -> Array:
     """Return the sigma of a denoised map that keeps less than half of the signal told in some shells.
 
     If nothing of the signal is kept, its power S is missing, and the power F of what stands in its place is wrong; with
@@ -90,7 +82,7 @@ def raise_sigma(
     ----------
     sigma : (z, y, x) float32
         As the network tells it.
-    weighted, denoised, fsc, averaged, threads
+    weighted, denoised, fsc, threads
         See `kept_signal`.
 
     Returns
@@ -100,10 +92,10 @@ def raise_sigma(
     """
     shape = weighted.shape
     given, found = forward(weighted.data, threads), forward(denoised.data, threads)
-    doubt = np.nan_to_num(np.clip(1 - _kept(given, found, shape, fsc, averaged) / LEAST_KEPT, 0, 1))
+    doubt = np.nan_to_num(np.clip(1 - _kept(given, found, shape, fsc) / LEAST_KEPT, 0, 1))
     if not doubt.any() or not sigma.any():
         return sigma
-    told = shell_power(given, shape) / (1 if averaged else np.maximum(fsc, _LEAST_FSC))
+    told = shell_power(given, shape) / np.maximum(fsc, _LEAST_FSC)
     missed = doubt * (told + shell_power(found, shape))
     variance = float(missed @ _coefficients(shape)) / weighted.data.size**2  # mean over the voxels
     relative = sigma / np.float32(sigma.max())
@@ -122,10 +114,8 @@ def _coefficients(shape: tuple[int, int, int]) -> npt.NDArray[np.float64]:
     return np.asarray(count[:size], dtype=np.float64)
 
 
-def _kept(
-    given: Complexes, found: Complexes, shape: tuple[int, int, int], fsc: Curve, averaged: bool
-) -> npt.NDArray[np.float64]:
-    power = shell_power(given, shape) * (fsc if averaged else 1)
+def _kept(given: Complexes, found: Complexes, shape: tuple[int, int, int], fsc: Curve) -> npt.NDArray[np.float64]:
+    power = shell_power(given, shape)
     common = shell_mean((given.conj() * found).real, shape)
     known = (np.asarray(fsc) > _LEAST_FSC) & (power > 0)
     known[0] = False

@@ -86,7 +86,7 @@ class Calibration:
         if not 0 <= self.trust < np.inf:
             raise InputError(f"{self.source}: trust {self.trust:g}, expected 0 or more")
 
-    def __call__(self, fsc: Shells, strength: Shells, trust: float = 1.0) -> ShellWeights:
+    def __call__(self, fsc: Shells, strength: Shells, trust: float = 1.0, prior: Shells | float = 1.0) -> ShellWeights:
         """Return the weights of a request's shells.
 
         Parameters
@@ -97,6 +97,8 @@ class Calibration:
             1: as calibrated; 0: the MAP map.
         trust : float
             Further factor of the precision, which never falls below 1.
+        prior : (shells,) float64 or float
+            Of how many of the request's inverse tau2 the precision is a multiple.
         """
         place = np.clip(fsc, self.fsc[0], self.fsc[-1])
         share = np.clip(fsc / self.fsc[0], 0.0, 1.0)
@@ -105,7 +107,7 @@ class Calibration:
             found: Shells = np.exp(np.interp(_logit(place), _logit(np.array(self.fsc)), np.log(values)))
             return found
 
-        full = 1 + share * (np.maximum(1.0, self.trust * trust * at(self.precision)) - 1)
+        full = prior * (1 + share * (np.maximum(1.0, self.trust * trust * at(self.precision)) - 1))
         gain = 1 + share * (at(self.gain) - 1)
         precision = 1 + strength * (full - 1)
         return ShellWeights(precision, strength * full * gain / precision)

@@ -22,6 +22,8 @@ from cryored.reconstruction.update import Accumulators, Array, Denoised, inverse
 
 logger = logging.getLogger(__name__)
 
+_LEAST_FSC = 0.001  # RELION makes tau2 of none that is smaller
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -70,6 +72,8 @@ class Maps:
         The MAP map.
     unregularised : Volume or None
         B / K, where the model sees it.
+    weighted : Volume or None
+        What the model sees of joined halves: see `joined_prior`.
     denoised : Volume or None
         Where lambda is not 0.
     seconds : mapping
@@ -82,6 +86,7 @@ class Maps:
     resolution: float | None
     regularised: Volume
     unregularised: Volume | None = None
+    weighted: Volume | None = None
     denoised: Volume | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -165,7 +170,7 @@ class Updater:
         return self.schedule(resolution), resolution
 
     def begin(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Maps:
-        """Reconstruct the MAP map, and the unregularised one where the model sees that.
+        """Reconstruct the MAP map, and the one that the model sees where it sees another.
 
         Parameters
         ----------
@@ -179,11 +184,15 @@ class Updater:
         regularised = Volume(data, request.pixel_size)
         if lam == 0:
             return Maps(request, sums, lam, resolution, regularised, seconds=seconds)
-        raw = None
+        raw = weighted = None
         if denoised is None and self.model.card.input == "unregularised":
             with timed(seconds, "unregularised"):
                 raw = self._unregularised(sums, regularised)
-        return Maps(request, sums, lam, resolution, regularised, raw, denoised, seconds)
+        elif denoised is None and is_joined(request):
+            with timed(seconds, "weighted"):
+                prior = self._prior(request) * joined_prior(request.fsc)
+                weighted = regularised.with_data(reconstruct(sums, prior=prior, threads=self.settings.threads))
+        return Maps(request, sums, lam, resolution, regularised, raw, weighted, denoised, seconds)
 
     def unregularised(self, maps: Maps) -> Volume:
         """Return B / K, reconstructed unless it is there already."""
@@ -200,7 +209,7 @@ class Updater:
             self.denoiser.load()
         with timed(seconds, "network"):
             denoised = self.denoiser.denoise_all(
-                [several[i].unregularised or several[i].regularised for i in left],
+                [several[i].unregularised or several[i].weighted or several[i].regularised for i in left],
                 [known_fsc(several[i].request) for i in left],
             )
         for i, volume in zip(left, denoised, strict=True):
@@ -236,7 +245,10 @@ class Updater:
         if calibration is None:
             return published_weights(strength)
         fsc = known_fsc(request)
-        return calibration(request.fsc if fsc is None else fsc, strength, self.settings.trust)
+        if fsc is None:
+            return calibration(request.fsc, strength, self.settings.trust)
+        prior = joined_prior(request.fsc) if is_joined(request) else np.ones_like(fsc)
+        return calibration(fsc, strength, self.settings.trust, prior)
 
     def answer(self, request: Request, sums: Accumulators, *, denoised: Volume | None = None) -> Answer:
         """Do all the steps for one request."""
@@ -260,12 +272,32 @@ def is_joined(request: Request) -> bool:
 def known_fsc(request: Request) -> Shells | None:
     """Return the FSC that half-maps as good as a request's map would have, in its shells; None where none is known.
 
-    That of the request for a half, and the estimate for a class. The joined halves are better: RELION regularises them
-    by the FSC that their sum has to the truth, sqrt(2 FSC / (1 + FSC)).
+    That of the request for a half, and the estimate for a class. The joined halves are better: 2 FSC / (1 + FSC).
     """
     if not request.fsc.any():
         return None  # nothing is resolved
-    return np.sqrt(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
+    return np.asarray(whole_set_fsc(np.clip(request.fsc, 0.0, 1.0))) if is_joined(request) else request.fsc
+
+
+def joined_prior(fsc: Shells) -> Shells:
+    """Return by how much the inverse power of the signal exceeds RELION's 1 / tau2 in a request of joined halves.
+
+    RELION takes for the signal-to-noise ratio of their sum C / (1 - C), where C = sqrt(2 FSC / (1 + FSC)) is its FSC to
+    the truth. It is W / (1 - W) with W = C**2, as FSC / (1 - FSC) is that of a half: maps that the model knows, and
+    its weights, are of that one.
+
+    Parameters
+    ----------
+    fsc : (shells,) float64
+        Of the request, between the halves.
+
+    Returns
+    -------
+    (shells,) float64
+        (1 + C) / C, from 2 on.
+    """
+    to_truth = np.sqrt(whole_set_fsc(np.clip(fsc, _LEAST_FSC, 1.0)))
+    return (1 + to_truth) / to_truth
 
 
 def _compare(result: Array, reference: Array) -> tuple[float, float]:

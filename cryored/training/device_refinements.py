@@ -397,7 +397,7 @@ class _Particles:
         rotations: Tensor,
         shifts: Tensor,
     ) -> Tensor:
-        """Return (m, c): what `cryored.slices.log_likelihoods` returns."""
+        """Return (m, c): what `cryored.reconstruction.compiled.log_likelihoods` returns."""
         from keras import ops
 
         used = data.shape[1]
