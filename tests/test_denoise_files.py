@@ -249,7 +249,7 @@ def test_a_dear_map_is_refused_unless_insisted_on(monkeypatch):
     write_volume("map.mrc", Volume(data, 2.0), label="test")
     done = denoise("map.mrc", "-o", "out.mrc")
     assert done.exit_code == 1
-    assert "48 x 48 x 48 voxels of 2 A are 2.6e+05 at the model's 1.5 A: about 0 GiB of memory" in done.stderr
+    assert "48 x 48 x 48 voxels of 2 A are 2.6e+05 at the model's 1.5 A: about 1 GiB of memory" in done.stderr
     assert denoise("map.mrc", "-o", "out.mrc", "--force").exit_code == 0
 
 

@@ -1,6 +1,8 @@
 """Training from atomic models: features of real maps, refinements on the device, samples, and the whole, small."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli.train_prior import train_prior
+from cryored.errors import InputError
 from cryored.maps.fourier import low_pass
 from cryored.maps.fsc import shell_correlation
 from cryored.maps.truth_scale import grey_scale
@@ -276,6 +279,42 @@ def test_a_scaled_network_scales_its_estimate(uncertainty):
 
 
 # The whole
+
+
+def test_a_training_goes_on_as_it_began(tmp_path):
+    plan = Plan(width=2, depth=1, knots=3, mixed_precision=False)
+    network = from_atoms.build(plan)
+    from_atoms.save(tmp_path, network, from_atoms.State(step=7), plan)
+    assert from_atoms.load(tmp_path, network, replace(plan, minutes=99.0)).step == 7
+    for name, value, before in (("width", 4, 2), ("pixel_size", 3.0, 1.5), ("batch", 1, 8)):
+        with pytest.raises(InputError, match=rf"state.json: trained with {name} {before}, expected {value} as asked"):
+            from_atoms.load(tmp_path, network, replace(plan, **{name: value}))
+
+
+def test_all_samples_are_validated_on(monkeypatch):
+    seen = []
+
+    def crops(samples, plan, rng, number, first):
+        seen.append((first, number))
+        return np.zeros((number, 1)), np.zeros((number, 1)), np.ones((number, 1, 2))
+
+    class Nothing:
+        def predict_on_batch(self, inputs):
+            return np.zeros((len(inputs[0]), 1, 2))
+
+    monkeypatch.setattr(from_atoms, "draw_crops", crops)
+    ratio, _ = from_atoms.validate(Nothing(), [None] * 10, Plan(batch=4))
+    assert seen == [(0, 4), (4, 4), (8, 2)]
+    assert ratio == 1
+
+
+@pytest.mark.slow
+def test_structures_that_cannot_be_used_are_told_of(tmp_path):
+    (tmp_path / "README.txt").write_text("no structure\n")
+    words = [str(tmp_path), "-o", str(tmp_path / "out"), "--box", "32", "--pixel-size", "5", "--crop", "16"]
+    done = CliRunner().invoke(train_prior, [*words, "--width", "2", "--cpu", "--full-precision", "--minutes", "9"])
+    assert done.exit_code == 1
+    assert re.search(r"error: none of 1 structures can be used; the last: \S*README.txt: ", done.stderr)
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ from typing import Any
 
 import click
 
+from cryored.cli import Program
+
 logger = logging.getLogger("cryored.cli.train_prior")  # run as a program, the module has another name
 
 
-@click.command(context_settings={"max_content_width": 100, "show_default": True})
+@click.command(cls=Program, context_settings={"max_content_width": 100, "show_default": True})
 @click.argument("structures", nargs=-1, required=True, type=click.Path(exists=True), metavar="MODEL.pdb...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option("--validation", multiple=True, type=click.Path(exists=True), help="Atomic models, or a folder of them.")

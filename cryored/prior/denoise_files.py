@@ -28,7 +28,8 @@ from cryored.maps.fsc import (
 )
 from cryored.maps.mask import AUTO, relion_mask
 from cryored.maps.volume import Volume
-from cryored.prior.denoiser import Denoiser, Progress, silent
+from cryored.prior.budget import ENGINE, network_memory, network_seconds
+from cryored.prior.denoiser import CPU_TILE, Denoiser, Progress, silent, tile_voxels
 from cryored.prior.falloff import guinier_bfactor, sharpened, sharpening
 from cryored.prior.kept_signal import can_judge, kept_signal, resolved_shells, shells_in_doubt
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
@@ -39,7 +40,6 @@ _BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
 _SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
 _SHARPENED = 25.0  # B factor in square angstrom from which on a map counts as sharpened; others have -20 to 20
 _DEAR = 2.0e8  # voxels at the model's pixel size, from which on a map takes ten minutes and more on a CPU
-_BYTES, _SECONDS = 40, 4e-7  # per such voxel, on a CPU
 _ACTIVE = 0.01  # relative change of a shell from which on the prior did something there
 
 Curve = npt.NDArray[np.floating]
@@ -234,7 +234,7 @@ def _read_mask(mask: str | None, path: str, volume: Volume) -> npt.NDArray[np.fl
 
 def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options: DenoiseOptions) -> _Source:
     """Return what the network gets, and say what was made of the map for that."""
-    _check_range(path, volume, model.card, options.force)
+    _check_range(path, volume, model.card, options)
     if _is_inverted(volume):
         logger.warning(
             "%s: density is dark on bright (at %g A the map is skewed to negative values), as of particles whose "
@@ -273,23 +273,27 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
     return _Source(path, volume.with_data(blurred), volume, None, None, bfactor)
 
 
-def _check_range(path: str, volume: Volume, card: ModelCard, force: bool) -> None:
+def _check_range(path: str, volume: Volume, card: ModelCard, options: DenoiseOptions) -> None:
     """Refuse a map in which the model knows nothing, or that takes very long; warn of one that ends early."""
     fine, coarse = card.resolution_range
     end = 2 * volume.voxel_size
-    voxels = math.prod(n * volume.voxel_size / card.pixel_size for n in volume.shape)
+    shape = tuple(round(n * volume.voxel_size / card.pixel_size) for n in volume.shape)
     known = f"{card.name} is made for maps resolved to {fine:g} to {coarse:g} A, at {card.pixel_size:g} A/pixel"
-    if end >= coarse and volume.voxel_size > 2 * card.pixel_size and not force:
+    if end >= coarse and volume.voxel_size > 2 * card.pixel_size and not options.force:
         raise InputError(
             f"{path}: pixel size {volume.voxel_size:g} A, so nothing finer than {end:g} A is in it; {known}: expected "
             "a finer map; --force insists"
         )
-    if voxels > _DEAR and not force:
+    if math.prod(shape) > _DEAR and not options.force:
+        tile = options.tile or CPU_TILE
+        memory = ENGINE + network_memory(card, shape, tile)
+        voxels = options.rotations * tile_voxels(shape, tile, card)
+        minutes = network_seconds(card, voxels, gpu=False, threads=options.threads) / 60
         size = " x ".join(map(str, reversed(volume.shape)))
         raise InputError(
-            f"{path}: {size} voxels of {volume.voxel_size:g} A are {voxels:.2g} at the "
-            f"model's {card.pixel_size:g} A: about {voxels * _BYTES / 2**30:.0f} GiB of memory and "
-            f"{voxels * _SECONDS / 60:.0f} min on a CPU; crop the map to the molecule, or --force"
+            f"{path}: {size} voxels of {volume.voxel_size:g} A are {math.prod(shape):.2g} at the model's "
+            f"{card.pixel_size:g} A: about {memory / 2**30:.0f} GiB of memory and {minutes:.0f} min on a CPU; crop the "
+            "map to the molecule, or --force"
         )
     if end > (fine * coarse) ** 0.5:
         logger.warning("%s ends at %g A; %s", path, end, known)

@@ -204,7 +204,7 @@ class Projector:
     def log_likelihoods(
         self, slices: Complexes, weights: Singles, rotations: Doubles, shifts: Doubles, r_max: int
     ) -> Doubles:
-        """Compare each of m images with the map in c poses of its own (see `cryored.reconstruction.compiled.log_likelihoods`).
+        """Compare each of m images with the map in c poses of its own (see `compiled.log_likelihoods`).
 
         Parameters
         ----------

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from cryored import __version__
+from cryored.errors import InputError
 from cryored.files.output import whole_file, write_text
 from cryored.prior import device
 from cryored.prior.models import Model, ModelCard, save_model
@@ -109,16 +110,28 @@ def save(folder: Path, network: Any, state: State, plan: Plan) -> None:
     write_text(folder / STATE, json.dumps({"plan": asdict(plan), **about}, indent=1) + "\n")
 
 
-def load(folder: Path, network: Any) -> State:
-    """Give a network the weights of a folder, and the optimiser's where they are there."""
+def load(folder: Path, network: Any, plan: Plan) -> State:
+    """Give a network the weights of a folder, and the optimiser's where they are there.
+
+    Raises
+    ------
+    InputError
+        What was trained there is of another plan; only the minutes may differ.
+    """
+    about = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    before, now = about.pop("plan"), asdict(plan)
+    for name in now.keys() - {"minutes"}:
+        if before.get(name) != now[name]:
+            raise InputError(
+                f"{folder / STATE}: trained with {name} {before.get(name)}, expected {now[name]} as asked; ask for the "
+                "same, or give another folder"
+            )
     with np.load(folder / WEIGHTS) as content:
         network.set_weights([content[f"arr_{i}"] for i in range(len(content.files))])
     if (folder / OPTIMIZER).exists():
         with np.load(folder / OPTIMIZER) as content:
             for i, variable in enumerate(network.optimizer.variables):
                 variable.assign(content[f"arr_{i}"])
-    about = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    del about["plan"]
     return State(**about)
 
 
@@ -128,8 +141,8 @@ def validate(network: Any, samples: Sequence[Sample], plan: Plan) -> tuple[float
 
     rng = np.random.default_rng(0)
     errors, over = [], []
-    for i in range(0, len(samples) - plan.batch + 1, plan.batch):
-        maps, told, true = draw_crops(samples, plan, rng, plan.batch, first=i)
+    for i in range(0, len(samples), plan.batch):
+        maps, told, true = draw_crops(samples, plan, rng, min(plan.batch, len(samples) - i), first=i)
         predicted = ops.convert_to_numpy(network.predict_on_batch([maps, told])).astype(np.float32)
         true = ops.convert_to_numpy(true)
         left = np.square(true[..., 0] - predicted[..., 0])
@@ -152,6 +165,8 @@ class _Run:
     held_out : sequence of Sample
     targets : sequence of Path
         Folders that get what was learnt.
+    start : float
+        When the run began, by the monotonic clock.
     """
 
     def __init__(
@@ -162,6 +177,7 @@ class _Run:
         source: Samples,
         held_out: Sequence[Sample],
         targets: Sequence[Path],
+        start: float,
     ) -> None:
         self._plan, self._network, self._state = plan, network, state
         self._source, self._stream = source, source.stream()
@@ -169,8 +185,8 @@ class _Run:
         self._pool: deque[Sample] = deque(maxlen=plan.pool)
         self._rng = np.random.default_rng([plan.seed, state.step])
         self._refining, self._training = 0.0, 0.0
-        self._start, self._seconds_before, self._refinements_before = time.monotonic(), state.seconds, state.refinements
-        self._told_at = self._start
+        self._start, self._seconds_before, self._refinements_before = start, state.seconds, state.refinements
+        self._told_at = time.monotonic()
         self._log = targets[0] / LOG
         if not self._log.exists():
             self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +248,7 @@ class _Run:
 
     def save(self) -> None:
         """Write what was learnt, and the log, to every folder."""
+        self._state.seconds = self._seconds_before + time.monotonic() - self._start
         self._state.refinements = self._refinements_before + self._source.refinements
         for target in self._targets:
             save(target, self._network, self._state, self._plan)
@@ -273,17 +290,17 @@ def train(
         Gets weights, optimiser, state and log; also copied to each of `outputs`.
     plan : Plan
     seconds : float
-        Of this run.
+        Of this run, with what comes before its first step.
     processes : int
         On the host, that make densities.
     """
     begin = time.monotonic()
     network = build(plan)
-    state = load(folder, network) if (folder / STATE).exists() else State()
+    state = load(folder, network, plan) if (folder / STATE).exists() else State()
     with closing(Densities(structures, plan, processes)) as densities:
         held_out = _hold_out(validation, plan, validation_samples, max(1, processes // 4), _VALIDATION_TIME * seconds)
         source = Samples(plan, densities.stream(state.refinements), seed=plan.seed + 1000 * (state.step + 1))
-        run = _Run(plan, network, state, source, held_out, [folder, *outputs])
+        run = _Run(plan, network, state, source, held_out, [folder, *outputs], begin)
         first = state.step
         while time.monotonic() - begin < seconds or state.step == first:
             run.go_on()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cryored.errors import InputError
 from cryored.maps.network_scale import standard_of
 from cryored.prior.denoiser import cube_rotations
 from cryored.prior.network import condition
@@ -96,9 +97,16 @@ class Densities:
         self._ahead = 2 * processes
 
     def stream(self, first: int = 0) -> Iterator[tuple[str, Array, float]]:
-        """Yield structure, density and diameter, without end; a structure that does not fit is left out."""
+        """Yield structure, density and diameter, without end; a structure that cannot be used is left out.
+
+        Raises
+        ------
+        InputError
+            None can be used.
+        """
         plan = self._plan
         number = first
+        useless: set[str] = set()
         while True:
             while len(self._pending) < self._ahead:
                 rng = np.random.default_rng([plan.seed, number])
@@ -113,8 +121,13 @@ class Densities:
             try:
                 data, diameter, _ = future.result()
             except ValueError as error:
-                logger.debug("%s: left out (%s)", name, error)
+                if name not in useless:
+                    logger.warning("%s: left out (%s)", name, error)
+                useless.add(name)
+                if useless.issuperset(self._names):
+                    raise InputError(f"none of {len(useless)} structures can be used; the last: {error}") from error
                 continue
+            useless.discard(name)  # another orientation did fit
             yield Path(name).name.split(".")[0], data, diameter
 
     def close(self) -> None:
