@@ -196,10 +196,30 @@ def spoil(row, how):
         for name in (row.noisy, row.target):
             write_volume(name, Volume(data[:7, :7, :7], ANGPIX), label="test")
         return row, "noisy.mrc: a box of 7, below --patch 8"
+    if how == "unknown pixel size":
+        for name in (row.noisy, row.target):
+            write_volume(name, Volume(data, 0.0), label="test")
+        return row, r"noisy.mrc: pixel size 0 \(unknown\) in the header"
+    if how == "constant":
+        write_volume(row.noisy, Volume(np.full_like(data, 0.5), ANGPIX), label="test")
+        return row, "noisy.mrc: a constant map"
+    if how == "shells":
+        return replace(row, fsc=row.fsc[:-1]), "noisy.mrc: an FSC of 8 shells in its table, expected 9 for its box"
     return replace(row, fsc=np.append(row.fsc[:-1], np.nan)), "noisy.mrc: the FSC curve of its table is not finite"
 
 
-SPOILT = ["missing", "nan", "shape", "pixel size of the target", "pixel size", "box", "curve"]
+SPOILT = [
+    "missing",
+    "nan",
+    "shape",
+    "pixel size of the target",
+    "pixel size",
+    "box",
+    "curve",
+    "unknown pixel size",
+    "constant",
+    "shells",
+]
 
 
 @pytest.mark.parametrize("how", SPOILT)

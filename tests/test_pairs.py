@@ -23,7 +23,7 @@ from cryored.cli import cli
 from cryored.cli.simulate_pairs import simulate_pairs
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume
-from cryored.files.star import read_star
+from cryored.files.star import read_star, write_star
 from cryored.maps.fourier import apply_shells, forward, inverse, shell_index, spatial_frequency
 from cryored.maps.fsc import nominal_resolution, shell_correlation
 from cryored.simulation import gaussian, pairs
@@ -469,6 +469,16 @@ def test_a_table_moves_with_its_folder(made, tmp_path):
 def test_missing_maps_are_counted_once_each(made, tmp_path):
     shutil.copy(made / "pairs.star", tmp_path)
     with pytest.raises(InputError, match="pairs.star: 16 maps of the table are missing, the first is .*noisy.mrc"):
+        read_pairs(tmp_path / "pairs.star")
+
+
+@pytest.mark.parametrize(("label", "value"), [("cryoredHalf", "1.5"), ("cryoredSeed", "nan"), ("cryoredSeed", "x")])
+def test_halves_and_seeds_are_whole_numbers(made, tmp_path, label, value):
+    loop = read_star(made / "pairs.star").block("pairs").find_loop("_cryoredHalf").get_loop()
+    columns = {tag[1:]: [loop[row, column] for row in range(loop.length())] for column, tag in enumerate(loop.tags)}
+    columns[label][1] = value
+    write_star(tmp_path / "pairs.star", {"pairs": columns})
+    with pytest.raises(InputError, match=f"pairs.star: .*{label}.*{value}"):
         read_pairs(tmp_path / "pairs.star")
 
 

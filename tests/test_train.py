@@ -155,6 +155,18 @@ def test_a_finished_model_is_neither_replaced_nor_resumed_unasked(tables, uninte
     assert (uninterrupted / "model.keras").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_a_checkpoint_is_not_thrown_away_unasked(tables, tmp_path):
+    with pytest.raises(Killed):
+        train(tables, tmp_path, checkpoint_every=0, progress=killed_at(3))
+    before = (tmp_path / "checkpoint.npz").read_bytes()
+    with pytest.raises(InputError, match="holds the checkpoint of a training that was killed; add --resume"):
+        train(tables, tmp_path)
+    assert (tmp_path / "checkpoint.npz").read_bytes() == before
+    with pytest.raises(Killed):
+        train(tables, tmp_path, overwrite=True, progress=killed_at(1))
+
+
 # The model folder
 
 

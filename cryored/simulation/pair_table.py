@@ -144,19 +144,26 @@ def read_pairs(path: str | os.PathLike[str], *, keep_missing: bool = False) -> l
     def column(label: str) -> list[str]:
         return star.texts(TABLE, label)
 
+    def whole_numbers(label: str) -> list[int]:
+        values = star.numbers(TABLE, label)
+        for value in values:
+            if not value.is_integer():
+                raise InputError(f"{star.name}: {label} {value:g}, expected a whole number")
+        return [round(value) for value in values]
+
     noisy = column("cryoredNoisyMap")
     truth = column("cryoredTruthMap") if star.has_column(TABLE, "cryoredTruthMap") else [""] * len(noisy)
     rows = [
-        PairRow(noisy, target, structure, int(half), resolution, curve, method, int(seed), truth)
+        PairRow(noisy, target, structure, half, resolution, curve, method, seed, truth)
         for noisy, target, structure, half, resolution, curve, method, seed, truth in zip(
             [str(folder / name) for name in noisy],
             [str(folder / name) for name in column("cryoredTargetMap")],
             column("cryoredStructure"),
-            column("cryoredHalf"),
+            whole_numbers("cryoredHalf"),
             star.numbers(TABLE, "cryoredNominalResolution"),
             _curves(star),
             column("cryoredMethod"),
-            column("cryoredSeed"),
+            whole_numbers("cryoredSeed"),
             [str(folder / name) if name else None for name in truth],
             strict=True,
         )

@@ -77,8 +77,9 @@ def check_pairs(
     Raises
     ------
     InputError
-        A map that is missing, damaged or not finite, an FSC that is not finite, maps of a pair whose shapes or voxel
-        sizes differ, a voxel size unlike the first pair's, a box smaller than the patch; no pair is left.
+        A map that is missing, damaged, constant, not finite or of unknown pixel size, an FSC that is not finite or of
+        another box, maps of a pair whose shapes or voxel sizes differ, a voxel size unlike the first pair's, a box
+        smaller than the patch; no pair is left.
     """
 
     def problem_or_voxel_size(row: PairRow) -> str | float:
@@ -90,6 +91,13 @@ def check_pairs(
             return f"{row.noisy}: the FSC curve of its table is not finite"
         if min(noisy.shape) < patch:
             return f"{row.noisy}: a box of {min(noisy.shape)}, below --patch {patch}"
+        shells = max(noisy.shape) // 2 + 1
+        if len(row.fsc) != shells:
+            return f"{row.noisy}: an FSC of {len(row.fsc)} shells in its table, expected {shells} for its box"
+        if noisy.voxel_size <= 0:
+            return f"{row.noisy}: pixel size 0 (unknown) in the header, expected angstrom"
+        if not noisy.data.std():
+            return f"{row.noisy}: a constant map, expected one with a molecule in it"
         return noisy.voxel_size
 
     with ThreadPoolExecutor(_threads(threads)) as executor:

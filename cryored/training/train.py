@@ -172,6 +172,11 @@ def _read_pairs(tables: Sequence[str], target: Path, recipe: Recipe, options: Tr
     _check_lists(listed, held_out, ", ".join(tables), validation)
     if (target / "card.json").exists() and not (options.overwrite or goes_on):
         raise InputError(f"{target}: holds a finished model already; add --overwrite to replace it")
+    if (target / CHECKPOINT).exists() and not (options.overwrite or goes_on):
+        raise InputError(
+            f"{target}: holds the checkpoint of a training that was killed; add --resume to go on with it, or "
+            "--overwrite to begin anew"
+        )
     rows, voxel_size = check_pairs(listed, recipe.patch, skip_bad=skip_bad, threads=options.threads)
     if held_out:
         held_out, other = check_pairs(held_out, recipe.patch, skip_bad=skip_bad, threads=options.threads)
