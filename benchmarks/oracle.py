@@ -14,13 +14,13 @@ import numpy as np
 
 from cryored.errors import CryoredError, InputError
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.requests import read_request_file
+from cryored.files.requests import is_joined, read_request_file
 from cryored.maps.truth_scale import grey_scale
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import DEFAULT_MODEL, find_model
 from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import reconstruct
-from cryored.refinement.updater import Settings, Updater, is_joined
+from cryored.refinement.updater import Settings, Updater
 
 
 def answer(truth_path: str, job: str) -> None:

@@ -459,8 +459,8 @@ def test_errors_name_the_file(folder):
     write_volume("cube.mrc", Volume(noise((8, 8, 8)), 1.5), label="test")
     for arguments, message in [
         (["unknown.mrc"], "unknown.mrc: pixel size 0 (unknown) in the header, expected angstrom; give it with"),
-        (["half1.mrc", "--half2", "cube.mrc"], "cube.mrc: shape (8, 8, 8) (z, y, x), expected that of half1.mrc"),
-        (["half1.mrc", "--mask", "cube.mrc"], "cube.mrc: shape (8, 8, 8) (z, y, x), expected that of half1.mrc"),
+        (["half1.mrc", "--half2", "cube.mrc"], "cube.mrc: 8 x 8 x 8 voxels (x, y, z), expected "),
+        (["half1.mrc", "--mask", "cube.mrc"], "cube.mrc: 8 x 8 x 8 voxels (x, y, z), expected "),
         (["half1.mrc", "--fsc", "none.tsv"], "none.tsv: cannot be read"),
     ]:
         done = run(*arguments, "-o", "out.mrc")

@@ -109,6 +109,61 @@ def test_halves_that_are_alike_to_nyquist_are_not_corrected_for_the_mask(truth):
     assert "a.mrc and b.mrc are alike to Nyquist: their FSC within the mask is not corrected" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("half2", np.zeros_like, "half2.mrc: all voxels are 0, expected a map with density"),
+        ("mask", lambda data: 0 * data, "mask.mrc: 0 everywhere, expected a mask from 0 to 1"),
+        ("mask", lambda data: 100 * data, "mask.mrc: values from 0 to 100, expected a mask from 0 to 1"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(name, change, message):
+    files = {"half2": HALVES[1], "mask": PKA / "mask.mrc"}
+    volume = read_volume(files[name])
+    write_volume(f"{name}.mrc", volume.with_data(change(volume.data)), label="test")
+    files[name] = f"{name}.mrc"
+    done = denoise(HALVES[0], "--half2", files["half2"], "--mask", files["mask"], "-o", "out.mrc")
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert not Path("out.mrc").exists()
+
+
+def test_a_half_of_another_pixel_size_is_refused():
+    write_volume("other.mrc", read_volume(HALVES[1]).with_voxel_size(1.2), label="test")
+    done = denoise(HALVES[0], "--half2", "other.mrc", "-o", "out.mrc")
+    assert done.exit_code == 1
+    assert "other.mrc: pixel size 1.2 A, expected 1.5 A as in" in done.stderr
+    assert denoise(HALVES[0], "--half2", "other.mrc", "-o", "out.mrc", "--angpix", 1.5).exit_code == 0
+
+
+def test_the_fsc_of_the_means_says_nothing():
+    """It is 1 or -1, by the sign of the means."""
+    first, second = (read_volume(half) for half in HALVES)
+    for sign, name in ((1, "same"), (-1, "opposite")):
+        write_volume(f"{name}1.mrc", first.with_data(first.data - first.data.mean() + 0.01), label="test")
+        write_volume(f"{name}2.mrc", second.with_data(second.data - second.data.mean() + sign * 0.01), label="test")
+    numbers = []
+    for name in ("same", "opposite"):
+        halves = f"{name}1.mrc", f"{name}2.mrc"
+        done = denoise("--half1", halves[0], "--half2", halves[1], "-o", f"{name}.mrc", "--bfactor", "auto")
+        assert done.exit_code == 0, done.output
+        numbers.append(re.search(r"by a B factor of (-?[\d.]+) A", done.stderr).group(1))
+        Path(f"{name}.tsv").write_text(CliRunner().invoke(cli, ["fsc", *halves]).stdout)
+        assert denoise(halves[0], "--fsc", f"{name}.tsv", "-o", f"{name}_half.mrc").exit_code == 0
+    assert numbers[0] == numbers[1]
+    np.testing.assert_allclose(of("same.mrc") - of("same.mrc").mean(), of("opposite.mrc"), atol=1e-4)
+    np.testing.assert_allclose(of("same_half.mrc"), of("opposite_half.mrc"), atol=1e-4)
+
+
+def test_an_fsc_that_resolves_nothing_is_refused():
+    header, *lines = CliRunner().invoke(cli, ["fsc", *map(str, HALVES)]).stdout.splitlines()
+    rows = ["\t".join([*line.split("\t")[:3], "-0.1"]) for line in lines]
+    Path("none.tsv").write_text("\n".join([header, *rows]) + "\n")
+    done = denoise(HALVES[0], "--fsc", "none.tsv", "-o", "out.mrc")
+    assert done.exit_code == 1
+    assert "an FSC of 0 or less in all shells, expected one that resolves something" in done.stderr
+
+
 def test_a_job_gives_the_average_of_its_halves():
     folder = Path("Refine3D/job012")
     folder.mkdir(parents=True)

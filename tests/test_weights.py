@@ -304,6 +304,26 @@ def test_of_the_joined_halves_the_network_sees_a_map_that_it_knows(project, monk
         assert difference(answer.result.data, seen.data) < 0.2
 
 
+@pytest.mark.slow
+def test_the_chain_by_hand_gives_what_one_call_does(project):
+    job = f"{HALF}_external_reconstruct.star"
+    assert project(HALF, "-o", "direct.mrc").exit_code == 0
+    assert project(HALF, "--lambda", 0, "-o", "map.mrc").exit_code == 0
+    chain = ["denoise", "map.mrc", "--model", "../model", "--request"]
+    done = CliRunner().invoke(cli, [*chain, job, "-o", "f.mrc"])
+    assert done.exit_code == 0, done.stderr
+    assert f"weighted by RELION, by the FSC of {job}" in done.stderr
+    assert project(HALF, "--denoised", "f.mrc", "-o", "chain.mrc").exit_code == 0
+    direct, by_hand = (read_volume(name).data for name in ("direct.mrc", "chain.mrc"))
+    assert difference(by_hand, direct) <= FLOAT32
+
+    done = CliRunner().invoke(cli, [*chain, f"{JOINED}_external_reconstruct.star", "-o", "g.mrc"])
+    assert done.exit_code == 1
+    assert "of the joined halves, whose map RELION weights otherwise" in done.stderr
+    done = CliRunner().invoke(cli, [*chain, job, "-o", "g.mrc", "--half2", "map.mrc"])
+    assert done.exit_code == 2
+
+
 def test_halves_get_the_prior_until_then(project):
     assert project(HALF, "--denoised", "denoised.mrc").exit_code == 0
     expected = read_volume(f"{HALF}_external_reconstruct_expected_map.mrc").data

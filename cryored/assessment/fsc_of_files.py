@@ -11,9 +11,9 @@ import numpy as np
 
 from cryored.assessment.noise_substitution import substituted_volumes
 from cryored.errors import InputError
+from cryored.files.belonging import AnyPath, check_pair, name_of, read_mask
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume
-from cryored.files.output import is_stream
 from cryored.maps.fsc import (
     Curve,
     FscResult,
@@ -24,15 +24,10 @@ from cryored.maps.fsc import (
     shift_between,
 )
 from cryored.maps.mask import AUTO, relion_mask
-from cryored.maps.volume import Floats, Volume
+from cryored.maps.volume import Volume
 from cryored.prior.models import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
-
-AnyPath = str | os.PathLike[str]
-
-_VOXEL_TOLERANCE = 0.01  # relative difference of pixel sizes below which two maps share a grid
-_MASK_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,14 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
     ModelError
         The model cannot be found or used.
     """
-    names = (_name(map1), _name(map2))
+    names = (name_of(map1), name_of(map2))
     first, second = (read_volume(path, angpix=options.angpix) for path in (map1, map2))
-    voxel_size = _check_maps(names, first, second)
+    voxel_size = check_pair(names, first, second)
     mask = None
     if options.mask == AUTO:
         mask = relion_mask(first.with_data((first.data + second.data) / 2).with_voxel_size(voxel_size))[0].data
     elif options.mask is not None:
-        mask = _read_mask(options.mask, options.angpix, names[0], first)
+        mask = read_mask(options.mask, names[0], first)
 
     def shell_at(resolution: float, option: str) -> int:
         if not voxel_size:
@@ -130,7 +125,7 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
             threads=options.threads,
         )
     _warn_of_doubtful(names, first, second)
-    mask_name = None if options.mask is None else _name(options.mask)
+    mask_name = None if options.mask is None else name_of(options.mask)
     return FscResult(names, mask_name, max(first.shape), voxel_size, unmasked, masked, substituted)
 
 
@@ -148,22 +143,6 @@ def fsc_job(folder: AnyPath, options: FscOptions = FscOptions()) -> FscResult:
     angpix = job.pixel_size if options.angpix is None else options.angpix
     logger.info("%s and %s, %s", *halves, "no mask" if mask is None else f"mask {mask}")
     return fsc_files(*halves, replace(options, mask=mask, angpix=angpix))
-
-
-def _check_maps(names: tuple[str, str], first: Volume, second: Volume) -> float:
-    """Refuse maps that cannot be compared; return their voxel size in angstrom."""
-    for name, volume in zip(names, (first, second), strict=True):
-        if np.ptp(volume.data) == 0:
-            raise InputError(f"{name}: all voxels are {volume.data.flat[0]:g}, expected a map with density")
-    _check_shape(names[1], second, names[0], first)
-    return _common_voxel_size(names, first.voxel_size, second.voxel_size)
-
-
-def _read_mask(path: AnyPath, angpix: float | None, name: str, volume: Volume) -> Floats:
-    mask = read_volume(path, angpix=angpix)
-    _check_shape(_name(path), mask, name, volume)
-    _check_mask(_name(path), mask.data)
-    return mask.data
 
 
 def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:
@@ -230,32 +209,3 @@ def _log_invented(test: SubstitutedFsc, frequency: Curve) -> None:
         1 / frequency[test.start + beyond.argmax()],
         test.substituted[test.start :].mean(),
     )
-
-
-def _name(path: AnyPath) -> str:
-    return "standard input" if is_stream(path) else os.fspath(path)
-
-
-def _check_shape(name: str, volume: Volume, other_name: str, other: Volume) -> None:
-    if volume.shape != other.shape:
-        found, expected = (" x ".join(map(str, reversed(v.shape))) for v in (volume, other))
-        raise InputError(
-            f"{name}: {found} voxels (x, y, z), expected {expected} as in {other_name}; resample or crop one"
-        )
-
-
-def _common_voxel_size(names: tuple[str, str], size1: float, size2: float) -> float:
-    if size1 and size2 and abs(size1 - size2) > _VOXEL_TOLERANCE * max(size1, size2):
-        raise InputError(
-            f"{names[1]}: pixel size {size2:g} A, expected {size1:g} A as in {names[0]}; resample one map, "
-            "or give --angpix if a header is wrong"
-        )
-    return size1 or size2
-
-
-def _check_mask(name: str, mask: Floats) -> None:
-    low, high = float(mask.min()), float(mask.max())
-    if low < -_MASK_TOLERANCE or high > 1 + _MASK_TOLERANCE:
-        raise InputError(f"{name}: values from {low:g} to {high:g}, expected a mask from 0 to 1; rescale it")
-    if high <= 0:
-        raise InputError(f"{name}: 0 everywhere, expected a mask from 0 to 1; was the threshold too high?")

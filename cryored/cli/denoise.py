@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cryored.cli import options
-from cryored.files.output import is_stream
+from cryored.files.output import STREAM, is_stream
 
 
 @click.command()
@@ -19,6 +19,13 @@ from cryored.files.output import is_stream
 @click.option("--half2", type=options.PATH, metavar="MAP2.mrc", help="The other half-map: their FSC weights MAP first.")
 @click.option(
     "--fsc", type=options.PATH, metavar="TABLE", help="FSC table (TSV, STAR, EMDB XML): weight MAP by it first."
+)
+@click.option(
+    "--request",
+    type=options.PATH,
+    metavar="JOB.star",
+    help="MAP is RELION's answer to this request (red-update --lambda 0), which it has weighted: tell the network the "
+    "request's FSC, as red-update does.",
 )
 @click.option(
     "--mask",
@@ -116,12 +123,17 @@ def _check_usage(map_path: str | None, output: str, half1: str | None, given: Ma
         raise click.UsageError("give MAP, the folder of a RELION job, or both --half1 and --half2")
     if job and (half2 is not None or fsc is not None):
         raise click.UsageError("the job's own half-maps are taken; leave --half2 and --fsc out")
+    if given["request"] is not None:
+        if job or half2 is not None or fsc is not None:
+            raise click.UsageError("--request is for a map that is weighted already; leave --half2 and --fsc out")
+        if given["bfactor"] == "auto":
+            raise click.UsageError("--bfactor auto needs the raw half-maps; give a number beside --request")
     if half2 is not None and fsc is not None:
         raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
     if given["bfactor"] is not None and uncertainty is not None:
         raise click.UsageError("--uncertainty is of the map as it is, not of one that --bfactor sharpens; give one")
-    if uncertainty == output:
-        raise click.UsageError(f"--output and --uncertainty are both '{output}'; give them names of their own")
+    if [map_path, half1, half2, fsc, given["mask"]].count(STREAM) > 1:
+        raise click.UsageError("only one of MAP, --half1, --half2, --fsc and --mask can be '-'.")
     shown = (output, given["difference"], uncertainty)
     if given["chimerax"] is not None and any(path is not None and is_stream(path) for path in shown):
         raise click.UsageError("--chimerax opens the maps by name; none can be '-'")

@@ -47,7 +47,7 @@ def red_update(job: str, check: bool, **given: Any) -> None:
     \b
     Example, step by step what one call does, in RELION's project folder:
       cryored red-update JOB.star --lambda 0 -o map.mrc
-      cryored denoise map.mrc -o denoised.mrc
+      cryored denoise map.mrc --request JOB.star -o denoised.mrc
       cryored red-update JOB.star --denoised denoised.mrc -o result.mrc
     """
     import json

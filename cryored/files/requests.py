@@ -121,6 +121,12 @@ def parts_of(name: str) -> tuple[int | None, int | None]:
     return int(match.group("iteration")), int(match.group("half")[-1]) if match.group("half") else None
 
 
+def is_joined(request: Request) -> bool:
+    """Tell whether a request is of the joined halves, which RELION's auto-refine ends with."""
+    iteration, half = parts_of(request.root)
+    return iteration is not None and half is None and not request.estimated and bool(request.fsc.any())
+
+
 def is_request(path: str) -> bool:
     """Tell whether a file is a request, without judging it."""
     try:

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
+from cryored.files.belonging import check_pair, name_of, read_mask
 from cryored.files.chimerax import Shown, denoised_surfaces
 from cryored.files.fsc_tables import read_fsc_table
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_target, is_stream, write_text
+from cryored.files.requests import is_joined, read_request_file
 from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
 from cryored.maps.fsc import (
     NothingToRandomiseError,
@@ -33,6 +35,7 @@ from cryored.prior.denoiser import CPU_TILE, Denoiser, Progress, silent, tile_vo
 from cryored.prior.falloff import guinier_bfactor, sharpened, sharpening
 from cryored.prior.kept_signal import can_judge, kept_signal, resolved_shells, shells_in_doubt
 from cryored.prior.models import DEFAULT_MODEL, Model, ModelCard, check_uncertainty, check_weights, find_model
+from cryored.reconstruction.sums import with_fsc
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,9 @@ class DenoiseOptions:
         Name or folder.
     half2, fsc : str, optional
         The other half-map, or an FSC table: the map is then a raw half-map and is weighted by the FSC first.
+    request : str, optional
+        The map is RELION's own answer to this request, of a half or a class: it is weighted already, and the network is
+        told the request's FSC.
     mask : str, optional
         Soft mask: the FSC of two half-maps is that within it, corrected; and the results are multiplied by it.
         ``auto`` makes it from the map (see `relion_mask`).
@@ -82,6 +88,7 @@ class DenoiseOptions:
     model: str = DEFAULT_MODEL
     half2: str | None = None
     fsc: str | None = None
+    request: str | None = None
     mask: str | None = None
     uncertainty: str | None = None
     difference: str | None = None
@@ -148,10 +155,7 @@ def denoise_file(
     model = _begin(output, options)
     volume = _read(path, options)
     mask = _read_mask(options.mask, path, volume)
-    fsc = None
-    if model.card.input == "regularised" or model.card.knots or options.bfactor == "auto":
-        fsc = _given_fsc(path, volume, mask, options)
-    source = _source(path, volume, fsc, model, options)
+    source = _source(path, volume, _given_fsc(path, volume, mask, options), model, options)
     if not is_stream(path):
         source = replace(source, path=path)
     _denoise(source, mask, output, model, options, progress)
@@ -175,8 +179,7 @@ def denoise_halves(
     """
     model = _begin(output, options)
     first, second = _read(half1, options), _read(half2, options)
-    if second.shape != first.shape:
-        raise InputError(f"{half2}: shape {second.shape} (z, y, x), expected that of {half1}, {first.shape}")
+    check_pair((name_of(half1), name_of(half2)), first, second)
     average = first.with_data((first.data + second.data) / 2)
     mask = _read_mask(options.mask, half1, average)
     halves = _half_fsc(half1, first, half2, second, mask, options)
@@ -226,10 +229,7 @@ def _read_mask(mask: str | None, path: str, volume: Volume) -> npt.NDArray[np.fl
         return None
     if mask == AUTO:
         return np.asarray(relion_mask(volume)[0].data, dtype=np.float32)
-    data = read_volume(mask).data
-    if data.shape != volume.shape:
-        raise InputError(f"{mask}: shape {data.shape} (z, y, x), expected that of {path}, {volume.shape}")
-    return np.asarray(data, dtype=np.float32)
+    return np.asarray(read_mask(mask, name_of(path), volume), dtype=np.float32)
 
 
 def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options: DenoiseOptions) -> _Source:
@@ -246,7 +246,11 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
         if options.half2 or options.fsc:
             logger.info("%s takes raw maps: %s is not weighted by an FSC", model.card.name, path)
         return _Source(path, volume, volume, fsc, fsc)
+    if options.request is not None:
+        return _Source(path, volume, volume, fsc, fsc)
     if fsc is not None:
+        if not (fsc[1:] > 0).any():
+            raise InputError(f"{path}: an FSC of 0 or less in all shells, expected one that resolves something")
         weights = np.clip(fsc, 0.0, 1.0)
         weighted = volume.with_data(apply_shells(volume.data, weights, options.threads))
         return _Source(path, weighted, volume, fsc, fsc)
@@ -304,7 +308,9 @@ def _given_fsc(
 ) -> Curve | None:
     """Return the half-maps' FSC in the map's shells, where it is given."""
     if options.half2 is not None:
-        return _half_fsc(path, volume, options.half2, read_volume(options.half2), mask, options)
+        return _half_fsc(path, volume, options.half2, read_volume(options.half2, angpix=options.angpix), mask, options)
+    if options.request is not None:
+        return _request_fsc(path, volume, options.request)
     if options.fsc is None:
         return None
     table = read_fsc_table(options.fsc)
@@ -312,7 +318,21 @@ def _given_fsc(
     shells = np.arange(longest // 2 + 1) / (longest * volume.voxel_size)
     # A table that ends early knows nothing beyond: no weight there. Its last shell may differ by rounding.
     inside = shells <= table.frequency[-1] * (1 + 1e-4)
-    return np.where(inside, np.interp(shells, table.frequency, table.fsc), 0.0)
+    known = np.where(table.frequency == 0, 1.0, table.fsc)
+    return np.where(inside, np.interp(shells, table.frequency, known), 0.0)
+
+
+def _request_fsc(path: str, volume: Volume, name: str) -> Curve | None:
+    """Return the FSC of a request whose answer the map is; None where nothing is resolved."""
+    request = with_fsc(read_request_file(name, needs_pixel_size=False))
+    if volume.shape != (request.ori,) * 3:
+        raise InputError(f"{path}: shape {volume.shape} (z, y, x), expected the box of {name}, {request.ori} cubed")
+    if is_joined(request):
+        raise InputError(
+            f"{name}: of the joined halves, whose map RELION weights otherwise than the network knows; expected the "
+            "request of a half or a class; give --half1 and --half2, or use `cryored red-update`"
+        )
+    return request.fsc if request.fsc.any() else None
 
 
 def _half_fsc(
@@ -323,22 +343,27 @@ def _half_fsc(
     mask: npt.NDArray[np.float32] | None,
     options: DenoiseOptions,
 ) -> Curve:
-    """Return the FSC of two half-maps, corrected for the mask where there is one."""
-    if second.shape != first.shape:
-        raise InputError(f"{path2}: shape {second.shape} (z, y, x), expected that of {path1}, {first.shape}")
+    """Return the FSC of two half-maps, corrected for the mask where there is one; 1 at zero frequency.
+
+    There it is the sign of the product of the maps' means, which says nothing.
+    """
+    check_pair((name_of(path1), name_of(path2)), first, second)
     if np.array_equal(first.data, second.data):
         raise InputError(
             f"{path1} and {path2} are the same map, expected the two independent half-maps; an FSC of 1 would "
             "pass all noise to the network"
         )
     if mask is None:
-        return shell_correlation(first.data, second.data, threads=options.threads)
-    correlate = partial(masked_correlation, first.data, second.data, mask, threads=options.threads)
-    try:
-        return correlate(rng=np.random.default_rng(0)).corrected
-    except NothingToRandomiseError:
-        logger.warning("%s and %s are alike to Nyquist: their FSC within the mask is not corrected", path1, path2)
-        return correlate(rng=np.random.default_rng(0), randomise_from=max(first.shape) // 2).corrected
+        fsc = shell_correlation(first.data, second.data, threads=options.threads)
+    else:
+        correlate = partial(masked_correlation, first.data, second.data, mask, threads=options.threads)
+        try:
+            fsc = correlate(rng=np.random.default_rng(0)).corrected
+        except NothingToRandomiseError:
+            logger.warning("%s and %s are alike to Nyquist: their FSC within the mask is not corrected", path1, path2)
+            fsc = correlate(rng=np.random.default_rng(0), randomise_from=max(first.shape) // 2).corrected
+    fsc[0] = 1.0
+    return fsc
 
 
 def _denoise(
@@ -357,12 +382,12 @@ def _denoise(
         rotations=options.rotations,
         progress=progress,
     )
+    finish = _finisher(source, mask, options)
     if options.uncertainty is None:
         found = [denoiser(source.volume, source.fsc)]
     else:
         found = [*denoiser.with_uncertainty(source.volume, source.fsc)]
     kept = None
-    finish = _finisher(source, mask, options)
     given, *results = (finish(volume) for volume in (source.volume, *found))
     if denoiser.device_name:
         logger.info("denoised with %s on %s", model.card.name, denoiser.device_name)
@@ -423,6 +448,8 @@ def _tell(
         inside = "" if mask is None else " within the mask"
         at = nominal_resolution(frequency, np.asarray(source.halves, dtype=np.float64))
         weighted = f"weighted by its FSC{inside} (between the halves 0.143 at {at:.2f} A)"
+    elif options.request is not None:
+        weighted = f"weighted by RELION, by the FSC of {options.request}"
     difference = result.data - given.data
     norm = float(np.linalg.norm(given.data))
     changed = float(np.linalg.norm(difference)) / norm if norm else 0.0

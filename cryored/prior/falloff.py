@@ -72,7 +72,7 @@ def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
     amplitude = np.bincount(shell_index(volume.shape).ravel(), np.abs(forward(volume.data)).ravel())[: box // 2 + 1]
     count = np.bincount(shell_index(volume.shape).ravel())[: box // 2 + 1]
     frequency = np.arange(box // 2 + 1) / (box * volume.voxel_size)
-    below = np.flatnonzero(np.asarray(fsc) < 1e-4)
+    below = np.flatnonzero(np.asarray(fsc[1:]) < 1e-4) + 1  # the FSC of the means says nothing
     amplitude = amplitude * np.sqrt(whole_set_fsc(fsc))
     used = (frequency >= 1 / _COARSEST) & (amplitude > 0)
     if below.size:

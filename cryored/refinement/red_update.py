@@ -17,13 +17,13 @@ from cryored import __version__
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_target
-from cryored.files.requests import Request, Shells, read_request_file
+from cryored.files.requests import Request, Shells, is_joined, read_request_file
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import check_weights, find_model
 from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.refinement.bounds import check_memory, expect
-from cryored.refinement.updater import Answer, Maps, Settings, Updater, is_joined, timed
+from cryored.refinement.updater import Answer, Maps, Settings, Updater, timed
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +145,14 @@ class Outputs:
         return line
 
     def tidy(self) -> None:
-        """Remove RELION's arrays, if that was asked for."""
-        if self.clean:
-            for path in (self.request.data_real, self.request.data_imag, self.request.weight):
+        """Remove RELION's arrays, if that was asked for; the request is answered, also where they cannot be."""
+        if not self.clean:
+            return
+        for path in (self.request.data_real, self.request.data_imag, self.request.weight):
+            try:
                 path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s: cannot be removed: %s", path, error.strerror)
 
 
 def plan_outputs(name: str, request: Request, updater: Updater, by: str, files: Files) -> Outputs:
@@ -284,7 +288,8 @@ def _read_denoised(path: str, request: Request) -> Volume:
     volume = read_volume(path)
     if volume.shape != (request.ori,) * 3:
         raise InputError(f"{path}: shape {volume.shape} (z, y, x), expected the request's box of {request.ori} cubed")
-    if volume.voxel_size and abs(volume.voxel_size / request.pixel_size - 1) > 0.01:
+    known = volume.voxel_size and request.pixel_size  # with lambda 0 nobody needs that of the request
+    if known and abs(volume.voxel_size / request.pixel_size - 1) > 0.01:
         raise InputError(f"{path}: pixel size {volume.voxel_size:g} A, expected the request's {request.pixel_size:g} A")
     return volume
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from cryored.files.requests import Request, Shells, parts_of
+from cryored.files.requests import Request, Shells, is_joined
 from cryored.maps.fsc import whole_set_fsc
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser, crossover, fade_out
@@ -261,12 +261,6 @@ class Updater:
     @staticmethod
     def _prior(request: Request) -> Shells:
         return inverse_prior(request.tau2, request.tau2_fudge, request.pad)
-
-
-def is_joined(request: Request) -> bool:
-    """Tell whether a request is of the joined halves, which RELION's auto-refine ends with."""
-    iteration, half = parts_of(request.root)
-    return iteration is not None and half is None and not request.estimated and bool(request.fsc.any())
 
 
 def known_fsc(request: Request) -> Shells | None:

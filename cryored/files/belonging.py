@@ -1,0 +1,69 @@
+"""Maps that are used together: whether two half-maps, and a mask, belong to each other."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from cryored.errors import InputError
+from cryored.files.mrc import read_volume
+from cryored.files.output import is_stream
+from cryored.maps.volume import Floats, Volume
+
+AnyPath = str | os.PathLike[str]
+
+_VOXEL_TOLERANCE = 0.01  # relative difference of pixel sizes below which two maps share a grid
+_MASK_TOLERANCE = 1e-6
+
+
+def name_of(path: AnyPath) -> str:
+    """Return what messages call a file."""
+    return "standard input" if is_stream(path) else os.fspath(path)
+
+
+def check_pair(names: tuple[str, str], first: Volume, second: Volume) -> float:
+    """Refuse two maps that cannot be compared; return their voxel size in angstrom, 0 where neither tells.
+
+    Raises
+    ------
+    InputError
+        A map is constant, or their grids differ.
+    """
+    for name, volume in zip(names, (first, second), strict=True):
+        if np.ptp(volume.data) == 0:
+            raise InputError(f"{name}: all voxels are {volume.data.flat[0]:g}, expected a map with density")
+    _check_shape(names[1], second, names[0], first)
+    size1, size2 = first.voxel_size, second.voxel_size
+    if size1 and size2 and abs(size1 - size2) > _VOXEL_TOLERANCE * max(size1, size2):
+        raise InputError(
+            f"{names[1]}: pixel size {size2:g} A, expected {size1:g} A as in {names[0]}; resample one map, "
+            "or give --angpix if a header is wrong"
+        )
+    return size1 or size2
+
+
+def read_mask(path: AnyPath, name: str, volume: Volume) -> Floats:
+    """Read the mask of a map of that name.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, is of another shape, empty, or not from 0 to 1.
+    """
+    mask = read_volume(path)
+    _check_shape(name_of(path), mask, name, volume)
+    low, high = float(mask.data.min()), float(mask.data.max())
+    if low < -_MASK_TOLERANCE or high > 1 + _MASK_TOLERANCE:
+        raise InputError(f"{name_of(path)}: values from {low:g} to {high:g}, expected a mask from 0 to 1; rescale it")
+    if high <= 0:
+        raise InputError(f"{name_of(path)}: 0 everywhere, expected a mask from 0 to 1; was the threshold too high?")
+    return mask.data
+
+
+def _check_shape(name: str, volume: Volume, other_name: str, other: Volume) -> None:
+    if volume.shape != other.shape:
+        found, expected = (" x ".join(map(str, reversed(v.shape))) for v in (volume, other))
+        raise InputError(
+            f"{name}: {found} voxels (x, y, z), expected {expected} as in {other_name}; resample or crop one"
+        )
