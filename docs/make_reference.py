@@ -17,7 +17,7 @@ BEGIN, END = "<!-- begin help -->", "<!-- end help -->"
 
 def help_texts(name: str) -> str:
     """Return the help of a command and of its subcommands as Markdown."""
-    root = click.Context(cli, info_name="cryored")
+    root = click.Context(cli, info_name="cryored", **cli.context_settings)
     command = cli.get_command(root, name)
     assert command is not None
     contexts = [(command, click.Context(command, info_name=name, parent=root))]

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
+import logging
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ from click.testing import CliRunner
 
 from cryored import __version__
 from cryored.cli import COMMANDS, cli, options
+from cryored.cli.progress import terminal as terminal_to_show_on
 
 DATA = Path(__file__).parent / "data"
 STRUCTURE = str(DATA / "structures" / "6M2B.cif.gz")
@@ -117,6 +120,13 @@ def test_help_of_a_command_ends_with_an_example(path):
     assert f"  cryored {' '.join(path)} " in done.stdout
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_pages_show_the_help_that_is_printed(name):
+    page = (DATA.parents[1] / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert "-h, --help" in page
+    assert "  --help" not in page
+
+
 @pytest.mark.parametrize(("command", "option"), options_of_leaves)
 def test_options_have_help_and_tell_their_default(command, option):
     record = option.get_help_record(click.Context(command))
@@ -154,6 +164,51 @@ def test_the_same_option_is_the_same_everywhere(name):
     assert len(kinds) == 1 or (name == "--angpix" and len(kinds) <= 2)  # simulate map makes the pixel size
 
 
+def _is_float(kind):
+    return isinstance(kind, (click.FloatRange, click.types.FloatParamType))
+
+
+@pytest.mark.parametrize(("command", "option"), [each for each in options_of_leaves if _is_float(each.values[1].type)])
+def test_numbers_are_finite(command, option):
+    if (command.name, option.name) in {("lambda-schedule", "resolution"), ("particles", "snr")}:
+        return  # inf has a meaning, and the tools refuse nan
+    for word in ("nan", "inf", "-inf"):
+        with pytest.raises(click.BadParameter):
+            option.type.convert(word, option, None)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999])
+def test_seeds_that_no_generator_takes(seed):
+    found = [option for _, command in LEAVES for option in command.params if "--seed" in option.opts]
+    for option in found:
+        with pytest.raises(click.BadParameter, match="is not in the range 0<=x<=4294967295"):
+            option.type.convert(seed, option, None)
+
+
+DRAWN = {
+    "denoise": ["denoise", HALF1, "-o", "a.mrc"],
+    "fsc": ["fsc", HALF1, HALF2, "--star", "a.star"],
+    "lambda-schedule": ["lambda-schedule", "--resolution", "5"],
+    "lambda-schedule --fit": ["lambda-schedule", "--fit", "none.star", "--model", "none", "-o", "a.json"],
+    "mask": ["mask", HALF1, "-o", "a.mrc"],
+    "simulate pairs": ["simulate", "pairs", "none.pdb", "-o", "pairs"],
+    "train": ["train", "none.star", "-o", "model"],
+    "train --evaluate": ["train", "none.star", "--evaluate", "none", "-o", "a.tsv"],
+}
+
+
+@pytest.mark.parametrize("words", DRAWN.values(), ids=list(DRAWN))
+def test_a_picture_that_cannot_be_drawn_is_told_of_before_the_work(words, tmp_path, monkeypatch, assert_one_line_error):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*words, "--plot", "-")
+    assert done.exit_code == 2
+    assert "--plot needs the name of a file" in done.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = "--plot needs matplotlib: pip install 'cryored[plot]'"
+    assert_one_line_error(invoke(*words, "--plot", "a.png"), message)
+    assert os.listdir() == []
+
+
 # Exit codes and messages
 
 
@@ -166,6 +221,8 @@ def test_the_same_option_is_the_same_everywhere(name):
         (["denoise", HALF1], "Missing option '-o'"),
         (["denoise", HALF1, "-o", "a.mrc", "--half2", HALF2, "--fsc", "a.tsv"], "give one"),
         (["denoise", HALF1, "-o", "a.mrc", "--rotations", "25"], "25 is not in the range"),
+        (["denoise", "-", "-o", "a.mrc", "--half2", "-"], "only one of MAP, --half1, --half2,"),
+        (["denoise", "-", "-o", "a.mrc", "--mask", "-"], "only one of MAP, --half1, --half2,"),
         (["simulate", "pairs", "-o", "pairs"], "Missing argument"),
         (["simulate", "pairs", "a.pdb", "-o", "p", "--method", "refine"], "'refine' is not"),
         (["train", "a.star", "-o", "m", "--input", "raw"], "'raw' is not"),
@@ -299,6 +356,39 @@ def test_a_full_disk_behind_standard_output(arguments):
     assert done.stderr.startswith("cryored: error: ")
     assert "No space left on device" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("messages", ["2>&-", "2>/dev/full"])
+def test_messages_that_cannot_be_printed_cost_nothing(messages, tmp_path):
+    if "full" in messages and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    program = f"'{sys.executable}' -m cryored"
+    done = subprocess.run(["sh", "-c", f"{program} mask '{HALF1}' -o mask.mrc {messages}"], cwd=tmp_path, timeout=60)
+    assert done.returncode == 0
+    assert os.listdir(tmp_path) == ["mask.mrc"]
+    for words, status in (("mask", 2), (f"mask none.mrc -o {tmp_path}/a.mrc", 1)):
+        done = subprocess.run(["sh", "-c", f"{program} {words} {messages}"], timeout=60)
+        assert done.returncode == status
+
+
+@pytest.mark.slow
+def test_a_closed_standard_output():
+    command = f"'{sys.executable}' -m cryored fsc -q '{HALF1}' '{HALF2}' >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "cryored: error: standard output is closed: open it, or name a file to write\n"
+
+
+def test_a_log_without_a_standard_error(monkeypatch):
+    record = logging.makeLogRecord({"msg": "message"})
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        options._Console().emit(record)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert terminal_to_show_on() is None
 
 
 @contextlib.contextmanager

@@ -171,6 +171,18 @@ def test_broken_tables_are_refused_in_one_line(content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_tabs_that_have_become_blanks():
+    lines = ["shell frequency resolution fsc", "0 0 inf 1", "1  0.1 10 0.9", " 2 0.2 5 0.5 "]
+    curve = parse_fsc_table("\n".join(lines).encode(), "t")
+    np.testing.assert_array_equal(curve.frequency, [0, 0.1, 0.2])
+    np.testing.assert_array_equal(curve.fsc, [1, 0.9, 0.5])
+
+
+def test_a_star_file_that_begins_with_a_byte_order_mark():
+    content = (PKA / "postprocess.star").read_bytes()
+    assert parse_star(b"\xef\xbb\xbf" + content, "t").blocks() == parse_star(content, "t").blocks()
+
+
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(InputError, match="none.tsv: cannot be read: No such file"):
         read_fsc_table(tmp_path / "none.tsv")

@@ -287,6 +287,14 @@ def test_float16(run, truth):
             np.testing.assert_allclose(read_volume(getattr(second, name)).data, data, rtol=2**-10, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["../esc", "a/b", "a/", "."])
+def test_a_name_that_leads_elsewhere(run, tmp_path, name):
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=f"^{name}: expected a structure's name without '/', as it begins its files'"):
+        harvest(run, name=name)
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_an_existing_table_is_kept(run):
     table = harvest(run)
     before = table.read_text()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError
-from cryored.files.jobs import read_job
+from cryored.files.jobs import job_end, read_job
 from cryored.files.mrc import read_volume
 from cryored.files.star import read_star
 
@@ -73,6 +73,21 @@ def test_fsc_of_a_job_is_that_of_its_files(refined, monkeypatch):
     assert fsc(".").stdout == expected.stdout
 
 
+@pytest.mark.parametrize("command", ["fsc", "denoise"])
+def test_a_mask_that_is_gone_is_not_left_out(refined, command, assert_one_line_error):
+    Path("MaskCreate/job013/mask.mrc").unlink()
+    words = [command, str(refined), *(["-o", "d.mrc"] if command == "denoise" else [])]
+    assert_one_line_error(
+        CliRunner().invoke(cli, words), "its mask MaskCreate/job013/mask.mrc is missing, expected the"
+    )
+    assert read_job(refined).end.name == "run_data.star"  # to others the mask is nothing
+
+
+def test_a_mask_that_is_gone_has_a_stand_in(refined):
+    Path("MaskCreate/job013/mask.mrc").rename("mask.mrc")
+    assert "mask mask.mrc" in fsc(refined, "--mask", "mask.mrc").stderr
+
+
 @pytest.mark.relion
 @pytest.mark.skipif(shutil.which("relion_postprocess") is None, reason="relion_postprocess is not on the PATH")
 def test_fsc_of_a_job_is_relion_postprocess_of_it(refined):
@@ -102,6 +117,23 @@ def test_one_under_way_says_so(refined):
 def test_the_pipelines_marks_end_a_job(refined):
     (refined / "RELION_JOB_EXIT_FAILURE").touch()
     assert read_job(refined).end.name == "RELION_JOB_EXIT_FAILURE"
+
+
+@pytest.mark.parametrize("run", ["auto", "run_ct5"])
+def test_a_run_of_another_name(refined, run):
+    for path in refined.iterdir():
+        path.rename(path.with_name(path.name.replace("run", run)))
+    job = read_job(refined)
+    assert [half.name for half in job.halves] == [name.replace("run", run) for name in HALVES]
+    assert (job.map.name, job.pixel_size, job.iteration) == (f"{run}_class001.mrc", 1.5, 10)
+    assert job.end == job_end(refined) == refined / f"{run}_data.star"
+
+
+def test_the_pipelines_marks_end_any_folder(project):
+    with pytest.raises(InputError, match="no job of RELION's"):
+        job_end(project)
+    (project / "RELION_JOB_EXIT_SUCCESS").touch()
+    assert job_end(project).name == "RELION_JOB_EXIT_SUCCESS"
 
 
 @pytest.mark.parametrize(("iteration", "ended"), [(25, True), (24, False)])

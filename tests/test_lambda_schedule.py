@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +244,15 @@ def test_a_table_through_a_pipe(run):
     assert run("-", "--low", 10, stdin=table).stdout == f"{Schedule()(96 / 21):.6g}\n"
     text = (PKA / "postprocess.star").read_text()
     assert run("-", stdin=text).stdout == "1\n"
+
+
+def test_a_table_through_a_named_pipe(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    content = (PKA / "postprocess.star").read_bytes()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True)
+    writer.start()
+    assert run(tmp_path / "pipe").stdout == "1\n"
+    writer.join(10)
 
 
 @pytest.mark.slow

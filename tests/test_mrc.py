@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import logging
+import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mrcfile
@@ -17,7 +20,7 @@ from click.testing import CliRunner
 
 from cryored.cli import cli
 from cryored.errors import InputError, OutputError
-from cryored.files.mrc import new_stack, read_array, read_volume, write_volume
+from cryored.files.mrc import check_finite, new_stack, read_array, read_volume, write_volume
 from cryored.maps.volume import Volume
 
 ODD = Path(__file__).parent / "data" / "odd_mrc"
@@ -146,6 +149,41 @@ def test_old_files_without_an_axis_order(tmp_path, ramp):
     same(read_volume(tmp_path / "a.mrc"), ramp)
 
 
+@pytest.mark.parametrize("length", [np.nan, np.inf])
+def test_a_cell_that_is_no_number(tmp_path, ramp, length):
+    write_volume(tmp_path / "a.mrc", ramp, label="test")
+    with mrcfile.open(tmp_path / "a.mrc", "r+") as mrc:
+        mrc.header.cella.y = length
+    with pytest.raises(InputError, match=f"a.mrc: a cell of .* x {length:g} x .* A in the header, expected numbers"):
+        read_volume(tmp_path / "a.mrc")
+    assert read_volume(tmp_path / "a.mrc", angpix=1.5).voxel_size == 1.5
+
+
+def test_the_angles_of_a_cell(tmp_path, ramp):
+    write_volume(tmp_path / "a.mrc", ramp, label="test")
+    for angles in ((0, 0, 0), (90, 90.01, 89.99), (90, 90, 120)):
+        with mrcfile.open(tmp_path / "a.mrc", "r+") as mrc:
+            mrc.header.cellb = angles
+        if angles[2] != 120:
+            same(read_volume(tmp_path / "a.mrc"), ramp)
+    for angpix in (None, 1.5):
+        with pytest.raises(InputError, match="a.mrc: a cell with angles of 90, 90, 120 degrees, expected 90; resample"):
+            read_volume(tmp_path / "a.mrc", angpix=angpix)
+
+
+def test_a_named_pipe_is_read_once(tmp_path, ramp):
+    write_volume(tmp_path / "a.mrc", ramp, label="test")
+    for name, content in (
+        ("plain", (tmp_path / "a.mrc").read_bytes()),
+        ("packed", gzip.compress((tmp_path / "a.mrc").read_bytes())),
+    ):
+        os.mkfifo(tmp_path / name)
+        writer = threading.Thread(target=(tmp_path / name).write_bytes, args=(content,), daemon=True)
+        writer.start()
+        same(read_volume(tmp_path / name), ramp)
+        writer.join(10)
+
+
 def test_angpix_replaces_the_headers():
     assert read_volume(ODD / "cell_zero.mrc", angpix=2.5).voxel_size == 2.5
     assert read_volume(ODD / "plain_float32.mrc", angpix=2.5).voxel_size == 2.5
@@ -193,6 +231,17 @@ def test_float16(tmp_path, ramp):
     with pytest.raises(InputError, match="b.mrc: values up to 70000, but float16 ends at 65504"):
         write_volume(tmp_path / "b.mrc", ramp.with_data(ramp.data * 0 + 7e4), label="test", float16=True)
     assert not (tmp_path / "b.mrc").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_written(tmp_path, ramp, value):
+    ramp.data[2, 3, 4] = value
+    path = tmp_path / "a.mrc"
+    with pytest.raises(InputError, match=r"a.mrc: not written: 1 values are not finite .*the first at z=2 y=3 x=4"):
+        write_volume(path, ramp, label="test")
+    assert not path.exists()
+    ramp.data[2, 3, :5] = 2e38  # whose sum is infinite
+    check_finite(ramp.data, "a.mrc")
 
 
 def test_an_unknown_voxel_size_stays_unknown(tmp_path, ramp):

@@ -547,6 +547,18 @@ def test_no_table_outlives_its_maps(structures, tmp_path):
     assert (tmp_path / "pairs_mine.star").exists()
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_refusal_leaves_an_older_table(structures, tmp_path, skip_bad):
+    table = simulate(structures[1:], tmp_path, number=1)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"nothere\.pdb"):
+        simulate(["nothere.pdb"], tmp_path, overwrite=True, skip_bad=skip_bad)
+    assert contents(tmp_path) == before
+    if skip_bad:  # one that can be used is enough
+        made = simulate(["nothere.pdb", structures[1]], tmp_path, number=1, overwrite=True, skip_bad=True)
+        assert made == table
+
+
 def test_no_map_outlives_its_table(structures, tmp_path, monkeypatch):
     """A draw that now has fewer intermediates; but what belongs to others stays."""
     monkeypatch.setitem(METHODS, "several", f"{__name__}:several")
@@ -663,13 +675,14 @@ def test_a_refinement_is_handed_on(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr("cryored.simulation.harvest.harvest_files", harvest_files)
     words = ["--from-relion", "run", "--truth", "t.mrc", "-o", str(tmp_path), "--split", "m.csv", "--name", "x"]
-    for angpix in ([], ["--angpix", "1.5"]):
-        done = CliRunner().invoke(cli, ["simulate", "pairs", *words, *angpix])
+    variable = {"CRYORED_SIMULATE_PAIRS_ANGPIX": "1.25"}
+    for angpix, env in (([], {}), (["--angpix", "1.5"], {}), ([], variable)):
+        done = CliRunner(env=env).invoke(cli, ["simulate", "pairs", *words, *angpix])
         assert done.exit_code == 0, done.output
         assert done.stdout == f"{made / 'pairs.star'}\n"
-    assert [arguments[:3] for arguments, _ in calls] == 2 * [("run", "t.mrc", str(tmp_path))]
+    assert [arguments[:3] for arguments, _ in calls] == 3 * [("run", "t.mrc", str(tmp_path))]
     given = [vars(arguments[3]).copy() for arguments, _ in calls]
-    assert [options.pop("angpix") for options in given] == [None, 1.5]  # the default is for simulated maps
+    assert [options.pop("angpix") for options in given] == [None, 1.5, 1.25]  # the default is for simulated maps
     assert given[0] == {"name": "x", "float16": False, "manifest": "m.csv", "part": "train", "overwrite": False}
 
 

@@ -466,6 +466,24 @@ def test_the_unregularised_map_goes_beside_the_request(project):
     assert set(job.files()) ^ before == {job.result, job.log, kept, *job.arrays}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "s.mrc", "--unregularised", "s.mrc"], "s.mrc: named for two outputs"),
+        (["--unregularised", "{root}_external_reconstruct.mrc"], "_external_reconstruct.mrc: named for two outputs"),
+        (["--unregularised", "{root}_external_reconstruct_weight.mrc"], "_weight.mrc: is an input"),
+        (["--unregularised", "{root}_cryored.log"], "_cryored.log: is an input"),
+        (["--denoised", "d.mrc", "-o", "d.mrc"], "d.mrc: is an input"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_no_file_is_lost_to_another(project, words, message):
+    job = project(*SMALL)
+    before = job.files()
+    assert_refused(job.run("--lambda", 0, "--overwrite", *words), message)
+    assert job.files() == before
+
+
 def test_check_writes_nothing(project):
     job = project()
     job.stale.write_text("stale")
@@ -492,6 +510,20 @@ def test_clean(project):
     assert job.run("--lambda", 0, "--clean").exit_code == 0
     assert before - set(job.files()) == set(job.arrays)
     assert job.result.exists()
+
+
+def test_arrays_that_cannot_be_removed_are_told_of(project, monkeypatch):
+    job = project(*SMALL)
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: refuse(path) if path in job.arrays else None)
+        done = job.run("--lambda", 0, "--clean")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("cannot be removed: Permission denied") == 3
+    assert job.result.exists() and len(job.records()) == 1
 
 
 def test_clean_waits_for_success(project):
@@ -741,10 +773,13 @@ def test_a_denoised_map_that_is_none(project):
 
 
 def test_what_lambda_0_does_not_need_is_not_asked_for(project):
-    """Neither weights nor an FSC."""
+    """Neither weights nor a pixel size nor an FSC."""
     job = project()
     Path("../model/model.keras").unlink()
     assert job.run("--lambda", 0).exit_code == 0
+    write_volume("d.mrc", Volume(np.ones((64,) * 3, np.float32), 1.5), label="test")
+    without_models(job)
+    assert job.run("--lambda", 0, "--denoised", "d.mrc").exit_code == 0
     nothing_known(job)
     assert job.run("--lambda", 0).exit_code == 0
 

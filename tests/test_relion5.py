@@ -157,7 +157,8 @@ def test_arguments(noting, arguments, words, number):
 
 def test_the_second_half_takes_the_second_gpu(noting):
     star = STAR.replace("half1", "half2")
-    for arguments, number in (("--gpu 2,5,7, ", "5"), ("--gpu 2, ", "2"), ("--gpu -1", "")):
+    twelve = f"--gpu {','.join(map(str, range(12)))}, "
+    for arguments, number in (("--gpu 2,5,7, ", "5"), ("--gpu 2, ", "2"), ("--gpu -1", ""), (twelve, "1")):
         assert call(star, arguments, noting)[0]
         assert Path("number").read_text().strip() == number
     call(star, "--gpu 2,5, ", noting, CRYORED_GPU_NUMBER="9")

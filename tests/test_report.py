@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -73,6 +74,29 @@ def test_without_maps_and_requests_the_logs_are_enough(run):
     assert "run_it010_class001" in (run / "cryored_report.html").read_text()
 
 
+@pytest.mark.parametrize("line", ["5", "[1, 2]", "null", '{"fsc": null}', '{"time": "now", "weights": {}}'])
+def test_a_line_that_is_no_record_is_left_out(run, line):
+    with (run / "run_it004_half1_class001_cryored.log").open("a") as log:
+        log.write(line + "\n")
+    done = report(run)
+    assert done.exit_code == 0, done.stderr
+    assert "run_it004_half1_class001_cryored.log, line 2: no record of an answer" in done.stderr
+    assert "3 answers" in done.stderr
+
+
+def test_what_is_not_finite_or_not_known_makes_a_page(run):
+    path = run / "run_it004_half1_class001_cryored.log"
+    record = json.loads(path.read_text()) | {"lambda": 1.0, "change": math.nan, "power_ratio": math.inf}
+    record["weights"] |= {"precision": [1.0, math.inf, math.nan], "gain": [0.0, math.inf, 1.0]}
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"pixel_size": 0.0}) + "\n")
+    done = report(run)
+    assert done.exit_code == 0, done.stderr
+    text = (run / "cryored_report.html").read_text()
+    assert text.count("<td>inf</td>") == 2
+    drawn = re.findall(r'points="([^"]*)"', text)
+    assert drawn and not re.search("nan|inf", " ".join(drawn))
+
+
 def test_no_run_of_ours(tmp_path):
     done = report(tmp_path)
     assert done.exit_code == 1
@@ -141,6 +165,18 @@ def test_the_end_of_an_earlier_run_is_none(run, monkeypatch):
     assert not end.has_come()
     (run / "RELION_JOB_EXIT_SUCCESS").touch()
     assert end.has_come()
+
+
+def test_an_end_is_told_once(run, monkeypatch):
+    """--continue leaves what the first end has left there, until it ends itself."""
+    monkeypatch.setattr("cryored.refinement.watcher._END_EVERY", 0.0)
+    (run / "run_half1_class001_unfil.mrc").touch()
+    end = RunEnd(run)
+    for name in ("run_class001.mrc", "run_data.star"):
+        (run / name).touch()
+    assert [end.has_come() for _ in range(3)] == [True, False, False]
+    (run / "run_data.star").write_text("of the second end")
+    assert [end.has_come() for _ in range(2)] == [True, False]
 
 
 def test_logs_are_in_the_order_of_their_answers(run):

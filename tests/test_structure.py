@@ -256,6 +256,13 @@ def test_a_missing_file(tmp_path):
             read_atoms(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["1abc.pdb1", "1abc.PDB12", "1abc.pdb2.gz"])
+def test_rcsbs_names_of_assemblies(tmp_path, small, name):
+    content = small.read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    np.testing.assert_array_equal(read_atoms(tmp_path / name).positions, read_atoms(small).positions)
+
+
 @pytest.mark.parametrize("kind", ["pdb", "cif"])
 def test_gzipped_files_that_are_cut_short_or_damaged(tmp_path, kind):
     """Half a file is no smaller molecule."""

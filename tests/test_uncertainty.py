@@ -420,8 +420,6 @@ def test_the_command_refuses_a_model_that_tells_none(run, assert_one_line_error,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "-", "--uncertainty", "-"], "--output and --uncertainty are both '-'"),
-        (["-o", "a.mrc", "--uncertainty", "a.mrc"], "--output and --uncertainty are both 'a.mrc'"),
         (["-o", "-", "--uncertainty", "a.mrc", "--chimerax", "a.cxc"], "none can be '-'"),
         (["-o", "a.mrc", "--uncertainty", "-", "--chimerax", "a.cxc"], "none can be '-'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -208,6 +209,16 @@ def test_a_request_for_which_the_granted_memory_does_not_suffice(project):
     assert "at least 0.8 GiB of memory are needed, expected at most 0.5 by --max-memory" in failed
 
 
+def test_an_order_does_not_die_of_what_is_shown(project, caplog):
+    """Neither one that is answered nor one that fails."""
+    Path(f"{HALVES[1]}_external_reconstruct_weight.mrc").unlink()
+    first, second = (Order(star(root)) for root in HALVES)
+    server(show=lambda *shown: 1 / 0).serve([first, second])
+    assert first.said == ["accepted", "done"]
+    assert second.said[-1].startswith("failed ")
+    assert caplog.messages.count("not shown: ZeroDivisionError: division by zero") == 2
+
+
 def test_nothing_is_written_for_a_hook_that_has_gone(project):
     order = Order(star(HALVES[0]), wanted=False)
     server().serve([order])
@@ -335,9 +346,16 @@ def test_a_request_that_was_polled_is_answered(project):
 # What the hook goes on with
 
 
+def blank_model(folder):
+    folder.mkdir(exist_ok=True)
+    card = ModelCard("blank", "regularised", 1.5, 2, 2, "", (3.0, 18.0))
+    (folder / "card.json").write_text(json.dumps(dataclasses.asdict(card)))
+
+
 def test_the_hook_gets_all_that_decides_the_answer(tmp_path, monkeypatch):
     """The words of the presence file make red-update answer as the watcher does, from whatever folder it is called."""
     monkeypatch.chdir(tmp_path)
+    blank_model(tmp_path / "prior")
     given = ["--model", "./prior", "--lambda", "auto", "--schedule", "mine.json", "--angpix", "1.2", "--extrapolate"]
     given += ["--prior-limit", "6", "--clean", "--unregularised", "{root}_raw.mrc", "--cpu", "--threads", "3"]
     shared = {option.name for option in red_update.params} & {option.name for option in watch.params} - {"overwrite"}
@@ -348,3 +366,12 @@ def test_the_hook_gets_all_that_decides_the_answer(tmp_path, monkeypatch):
         if words:
             expected |= {"model": str(tmp_path / "prior"), "schedule": str(tmp_path / "mine.json")}
         assert {name: theirs.params[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("model", "wanted"), [("prior", "prior"), ("./prior", "prior"), (".", "."), ("cwred", None)])
+def test_the_hook_finds_the_model_from_another_folder(tmp_path, monkeypatch, model, wanted):
+    monkeypatch.chdir(tmp_path)
+    blank_model(tmp_path / (wanted or "cwred"))
+    words = _hook_options(watch.make_context("watch", ["run", "--model", model]))
+    found = words[words.index("--model") + 1]
+    assert found == ("cwred" if wanted is None else str((tmp_path / wanted).resolve()))

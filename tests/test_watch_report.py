@@ -262,6 +262,14 @@ def test_a_png_holds_the_section_with_y_upwards(shape, edge, expected):
     assert np.corrcoef(pixels[inside], grey[inside])[0, 1] > 0.9999
 
 
+def test_a_section_that_is_not_finite_is_a_picture(path):
+    section = np.full((8, 8), np.nan, dtype=np.float32)
+    section[2] = np.inf
+    assert imread(io.BytesIO(grey_png(section, 8))).max() == 0
+    section[3] = 1
+    assert imread(io.BytesIO(grey_png(section, 8)))[4].min() == 1  # y goes upwards
+
+
 def test_a_constant_section_is_black():
     assert not imread(io.BytesIO(grey_png(np.full((8, 8), 3.0, np.float32), 8))).any()
 

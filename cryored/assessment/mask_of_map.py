@@ -10,7 +10,7 @@ import numpy as np
 from cryored.errors import InputError
 from cryored.files.jobs import is_job, read_job
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.output import check_target
+from cryored.files.output import check_outputs, check_target
 from cryored.files.plots import new_figure, save_figure
 from cryored.maps.mask import relion_mask
 from cryored.maps.volume import Volume
@@ -58,6 +58,7 @@ def mask_file(path: str, output: str, options: MaskOptions) -> None:
     InputError, OutputError
         The map cannot be used, or a file cannot be written.
     """
+    check_outputs((output, options.plot), (path,))
     for target in (output, options.plot):
         if target is not None:
             check_target(target, options.overwrite)
@@ -66,6 +67,7 @@ def mask_file(path: str, output: str, options: MaskOptions) -> None:
         if job.map is None:
             raise InputError(f"{path}: no map (run_class001.mrc) in this job yet, expected one to make the mask from")
         path = str(job.map)
+        check_outputs((output, options.plot), (path,))
         logger.info("mask of %s", path)
     volume = read_volume(path, angpix=options.angpix)
     try:

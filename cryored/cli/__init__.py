@@ -6,7 +6,8 @@ import difflib
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -42,12 +43,23 @@ class _Failure(click.ClickException):
         click.echo(f"{self._program}: error: {self.message}", err=True)
 
 
-def _drop_unwritten() -> None:
-    """Keep the interpreter from writing once more, as it exits, what standard output did not take."""
+def _drop_unwritten(stream: TextIO | None) -> None:
+    """Keep the interpreter from writing once more, as it exits, what a stream did not take: the status would be 120."""
+    if stream is None:
+        return
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _fill_closed() -> None:
+    """Open to nowhere what the shell has closed (2>&-): the next file would get its number, and what C prints there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 class Program(click.Command):
@@ -62,10 +74,10 @@ class Program(click.Command):
             return super().invoke(ctx)
         except BrokenPipeError:
             # `cryored ... | head -1`: the reader has what it wants.
-            _drop_unwritten()
+            _drop_unwritten(sys.stdout)
             ctx.exit(141)
         except (CryoredError, OSError, MemoryError) as error:
-            _drop_unwritten()
+            _drop_unwritten(sys.stdout)
             if verbosity(ctx) >= 2:
                 raise
             raise _Failure(str(ctx.find_root().info_name), in_words(error)) from error
@@ -125,20 +137,32 @@ def main() -> None:
 
 
 def run_program(command: click.Command, name: str, *, if_interrupted: str = "interrupted") -> NoReturn:
-    """Run a command and exit: 0 done, 1 input or machine at fault, 2 usage, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 input or machine at fault, 2 usage, 130 interrupted.
+
+    A message that cannot be printed, as on a full disk, changes none of these.
+    """
+    _fill_closed()
     try:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo(f"{name}: {if_interrupted}", err=True)
-        sys.exit(130)
+        _say(f"{name}: {if_interrupted}")
+        status = 130
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        if sys.stderr is not None:
+            with suppress(OSError):
+                error.show()
+        status = error.exit_code
     except OSError as error:  # of --help and --version, which print before a command is invoked
         from cryored.errors import in_words
 
-        _drop_unwritten()
+        _drop_unwritten(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            click.echo(f"{name}: error: {in_words(error)}", err=True)
-        sys.exit(141 if isinstance(error, BrokenPipeError) else 1)
+            _say(f"{name}: error: {in_words(error)}")
+        status = 141 if isinstance(error, BrokenPipeError) else 1
+    _drop_unwritten(sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        click.echo(line, err=True)

@@ -132,8 +132,8 @@ def _check_usage(map_path: str | None, output: str, half1: str | None, given: Ma
         raise click.UsageError("--half2 and --fsc both say how to weight the map; give one")
     if given["bfactor"] is not None and uncertainty is not None:
         raise click.UsageError("--uncertainty is of the map as it is, not of one that --bfactor sharpens; give one")
-    if [map_path, half1, half2, fsc, given["mask"]].count(STREAM) > 1:
-        raise click.UsageError("only one of MAP, --half1, --half2, --fsc and --mask can be '-'.")
+    if [map_path, half1, half2, fsc, given["mask"], given["request"]].count(STREAM) > 1:
+        raise click.UsageError("only one of MAP, --half1, --half2, --fsc, --mask and --request can be '-'.")
     shown = (output, given["difference"], uncertainty)
     if given["chimerax"] is not None and any(path is not None and is_stream(path) for path in shown):
         raise click.UsageError("--chimerax opens the maps by name; none can be '-'")

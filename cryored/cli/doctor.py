@@ -12,7 +12,7 @@ from cryored.cli import options
 @click.option(
     "--box", type=click.IntRange(min=8), help="Edge of the images in voxels.  [default: that of RUN_DIR's run]"
 )
-@click.option("--pad", type=click.FloatRange(min=1), default=2.0, show_default=True, help="RELION's padding factor.")
+@click.option("--pad", type=options.Range(min=1), default=2.0, show_default=True, help="RELION's padding factor.")
 @options.model
 @options.device
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")

@@ -32,7 +32,7 @@ from cryored.cli import options
 @options.angpix
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=options.Range(0, 1, min_open=True, max_open=True),
     default=0.143,
     show_default=True,
     help="Correlation at which the resolution is read off.",
@@ -40,14 +40,14 @@ from cryored.cli import options
 @click.option("--resolution-only", is_flag=True, help="Print nothing but the resolution in angstrom.")
 @click.option(
     "--randomise-from",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Range(min=0, min_open=True),
     metavar="ANGSTROM",
     help="With --mask: randomise phases beyond this resolution.  "
     "[default: where the unmasked FSC first drops below 0.8]",
 )
 @click.option(
     "--substitute-noise",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Range(min=0, min_open=True),
     metavar="ANGSTROM",
     help="Test --model for invented detail: replace the signal beyond this resolution by noise of the same power "
     "in both maps, denoise them, and compare them again.",
@@ -105,7 +105,7 @@ def fsc(map1: str, map2: str | None, threshold: float, resolution_only: bool, **
 def _check_usage(map1: str, map2: str | None, resolution_only: bool, given: Mapping[str, Any]) -> None:
     """Refuse options that say nothing together, and outputs that are there."""
     from cryored.files.jobs import is_job
-    from cryored.files.output import STREAM, check_target
+    from cryored.files.output import STREAM, check_outputs, check_target
 
     star, xml, plot, mask = (given[name] for name in ("star", "xml", "plot", "mask"))
     if map2 is None and not is_job(map1):
@@ -114,10 +114,9 @@ def _check_usage(map1: str, map2: str | None, resolution_only: bool, given: Mapp
         raise click.UsageError("only one of MAP1, MAP2 and --mask can be '-'.")
     if [star, xml].count(STREAM) + resolution_only > 1:
         raise click.UsageError("--resolution-only, --star - and --xml - all print: choose one.")
-    if plot == STREAM:
-        raise click.UsageError("--plot needs the name of a file.")
     if given["randomise_from"] is not None and mask is None and map2 is not None:
         raise click.UsageError("--randomise-from has no meaning without --mask.")
+    check_outputs((star, xml, plot), (map1, map2, mask))
     for target in (star, xml, plot):
         if target is not None and target != STREAM:
             check_target(target, given["overwrite"])

@@ -59,7 +59,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @options.grid_angpix
 @click.option(
     "--perturb-angles",
-    type=click.FloatRange(0, 180),
+    type=options.Range(0, 180),
     default=5.0,
     show_default=True,
     metavar="DEGREES",
@@ -91,7 +91,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Range(min=0, min_open=True),
     default=120.0,
     show_default=True,
     metavar="MINUTES",
@@ -114,10 +114,12 @@ def harvest_relion(
         raise click.UsageError("--jobs and --scheduler exclude each other.")
 
     from cryored.cli.progress import bar
+    from cryored.files.output import check_folder
     from cryored.refinement.harvest_relion import Options, plan, run_all, run_on_cluster, signals_interrupt
     from cryored.refinement.relion_runs import check_relion
     from cryored.simulation.split import check_split
 
+    check_folder(output)
     chosen = options.pick(Options, given, timeout=60 * timeout)
     if chosen.manifest is not None:
         check_split(structures, chosen.manifest, chosen.part)

@@ -15,13 +15,13 @@ from cryored.prior.models import DEFAULT_MODEL
 @click.argument("sources", type=options.PATH, nargs=-1, metavar="[TABLE | PAIRS.star... FOLDER...]")
 @click.option(
     "--resolution",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True),  # inf: nothing is resolved
     metavar="ANGSTROM",
     help="Nominal resolution, instead of a table.",
 )
 @click.option(
     "--low",
-    type=float,
+    type=options.Number(),
     default=10.0,
     show_default=True,
     metavar="ANGSTROM",
@@ -29,7 +29,7 @@ from cryored.prior.models import DEFAULT_MODEL
 )
 @click.option(
     "--high",
-    type=float,
+    type=options.Number(),
     default=4.5,
     show_default=True,
     metavar="ANGSTROM",
@@ -51,7 +51,7 @@ from cryored.prior.models import DEFAULT_MODEL
 )
 @click.option(
     "--trust",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=1.0,
     show_default=True,
     metavar="FACTOR",
@@ -84,6 +84,10 @@ def lambda_schedule(ctx: click.Context, /, sources: tuple[str, ...], fit: bool, 
       cryored lambda-schedule --fit validation/pairs.star --model ./my_prior -o schedule.json --write-card
     """
     _check_usage(ctx)
+
+    from cryored.files.output import check_outputs, check_target
+
+    check_outputs((given["output"], given["plot"]), (*sources, given["schedule"]))
     if fit:
         from cryored.cli.progress import bar
         from cryored.training.lambda_fit import fit_files
@@ -94,7 +98,6 @@ def lambda_schedule(ctx: click.Context, /, sources: tuple[str, ...], fit: bool, 
             fit_files(sources, given["model"], **words, write_to_card=given["write_card"], progress=advance)
         return
 
-    from cryored.files.output import check_target
     from cryored.prior import lambda_schedule as tool
     from cryored.prior.models import find_model
 
@@ -117,8 +120,6 @@ def lambda_schedule(ctx: click.Context, /, sources: tuple[str, ...], fit: bool, 
 
 def _check_usage(ctx: click.Context) -> None:
     values, given = ctx.params, options.named(ctx)
-    if values["plot"] == "-":
-        raise click.UsageError("--plot needs the name of a file.")
     if values["fit"]:
         if not values["sources"] or "model" not in given:
             raise click.UsageError("--fit needs PAIRS.star and --model.")

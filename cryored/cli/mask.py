@@ -12,24 +12,24 @@ from cryored.cli import options
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="MASK.mrc", help='Mask to write, or "-".')
 @click.option(
     "--threshold",
-    type=float,
+    type=options.Number(),
     metavar="DENSITY",
     help="Of the filtered map, from which on a voxel is inside.  [default: a fifth of its peak]",
 )
 @click.option(
     "--lowpass",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=15.0,
     show_default=True,
     metavar="ANGSTROM",
     help="Filter the map first; 0 leaves it as it is.",
 )
 @click.option(
-    "--extend", type=click.FloatRange(min=0), default=3.0, show_default=True, metavar="VOXELS", help="Grow by so much."
+    "--extend", type=options.Range(min=0), default=3.0, show_default=True, metavar="VOXELS", help="Grow by so much."
 )
 @click.option(
     "--edge",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=6.0,
     show_default=True,
     metavar="VOXELS",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -22,6 +24,25 @@ D = TypeVar("D")
 
 # Paths stay strings: "-" is a stream, and the tools report missing files in their own words.
 PATH = click.Path(readable=False)
+
+
+class _Finite(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Refuses nan and infinity, which compare false with every limit."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"'{value}' is not a finite number", param, ctx)
+        return number
+
+
+class Number(_Finite, click.types.FloatParamType):
+    """Any finite number."""
+
+
+class Range(_Finite, click.FloatRange):
+    """A finite number within limits."""
 
 
 def pick(kind: type[D], given: Mapping[str, Any], **more: Any) -> D:
@@ -72,9 +93,12 @@ class _Console(logging.Handler):
     """Writes to what sys.stderr is at the time: a test runner may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:
+            return
         # Not click.echo: it goes round a live table's or bar's hold on sys.stderr, and the line lands inside.
-        sys.stderr.write(self.format(record) + "\n")
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # a full disk behind it, or it is closed: no work is lost for a message
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
 
 
 class _Formatter(logging.Formatter):
@@ -86,7 +110,7 @@ class _Formatter(logging.Formatter):
 overwrite = click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 angpix = click.option(
     "--angpix",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Range(min=0, min_open=True),
     metavar="ANGSTROM",
     help="Pixel size in angstrom, instead of the one in the file.",
 )
@@ -106,7 +130,13 @@ model = click.option(
     metavar="NAME_OR_PATH",
     help="Model: a name (see CRYORED_MODEL_PATH) or a folder.",
 )
-seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
+seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),  # what every generator takes
+    default=0,
+    show_default=True,
+    help="Seed of all random numbers.",
+)
 threads = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads for FFTs and arrays.  [default: all cores]"
 )
@@ -141,10 +171,26 @@ max_memory = click.option(
     help="Memory that this process may take, RELION's arrays apart: it decides the network's tiles and whether two "
     "maps go through it together.  [default: what the machine, its control group and SLURM leave free]",
 )
-plot = click.option("--plot", type=PATH, metavar="FILE.png", help="Draw the result (needs matplotlib).")
+
+
+def _plotted(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """Refuse before the work, whose results would be lost with the picture."""
+    if value is not None and not ctx.resilient_parsing:
+        from cryored.files.output import is_stream
+        from cryored.files.plots import check_plotting
+
+        if is_stream(value):
+            raise click.UsageError("--plot needs the name of a file.", ctx)
+        check_plotting()
+    return value
+
+
+plot = click.option(
+    "--plot", type=PATH, callback=_plotted, metavar="FILE.png", help="Draw the result (needs matplotlib)."
+)
 gaussian_width = click.option(
     "--resolution",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Range(min=0, min_open=True),
     default=3.0,
     show_default=True,
     metavar="ANGSTROM",
@@ -155,7 +201,7 @@ box = click.option(
 )
 grid_angpix = click.option(
     "--angpix",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Range(min=0, min_open=True),
     default=1.5,
     show_default=True,
     metavar="ANGSTROM",
@@ -229,7 +275,7 @@ def update(command: str) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--trust",
-                    type=click.FloatRange(min=0),
+                    type=Range(min=0),
                     default=1.0,
                     show_default=True,
                     metavar="FACTOR",
@@ -253,7 +299,7 @@ def update(command: str) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--prior-limit",
-                    type=click.FloatRange(min=0, min_open=True),
+                    type=Range(min=0, min_open=True),
                     metavar="ANGSTROM",
                     help="Use the prior only up to this resolution (it fades over the last tenth): what is seen "
                     "beyond owes it nothing.",

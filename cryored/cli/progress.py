@@ -21,7 +21,7 @@ Advance = Callable[..., None]
 
 def terminal() -> Console | None:
     """Return a console on standard error where somebody looks: a terminal, and no --quiet."""
-    if not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO):
+    if sys.stderr is None or not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO):
         return None  # without loading rich, for which RELION's hook has no time
     from rich.console import Console
 

@@ -16,7 +16,7 @@ from cryored.cli import options
 @options.grid_angpix
 @click.option(
     "--resolution",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Range(min=0, min_open=True),
     default=3.0,
     show_default=True,
     metavar="ANGSTROM",
@@ -50,10 +50,12 @@ from cryored.cli import options
 )
 @click.option("--waters/--no-waters", default=False, show_default=True, help="Keep waters.")
 @click.option("--hydrogens/--no-hydrogens", default=False, show_default=True, help="Keep hydrogens.")
-@click.option("--bfactor", type=float, default=0.0, show_default=True, metavar="A^2", help="Decay of all amplitudes.")
+@click.option(
+    "--bfactor", type=options.Number(), default=0.0, show_default=True, metavar="A^2", help="Decay of all amplitudes."
+)
 @click.option(
     "--bfactor-spread",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=0.0,
     show_default=True,
     metavar="A^2",
@@ -61,7 +63,7 @@ from cryored.cli import options
 )
 @click.option(
     "--motion",
-    type=click.FloatRange(0, 90),
+    type=options.Range(0, 90),
     default=0.0,
     show_default=True,
     metavar="DEGREES",
@@ -72,7 +74,7 @@ from cryored.cli import options
 )
 @click.option(
     "--belt",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=0.0,
     show_default=True,
     metavar="SHARE",
@@ -80,7 +82,7 @@ from cryored.cli import options
 )
 @click.option(
     "--solvent",
-    type=click.FloatRange(0, 1),
+    type=options.Range(0, 1),
     default=0.0,
     show_default=True,
     metavar="SHARE",

@@ -104,12 +104,12 @@ def simulate_pairs(
     """
     _check_usage(ctx)
 
-    from cryored.files.output import check_target
-    from cryored.files.plots import new_figure
+    from cryored.files.output import check_folder, check_outputs, check_target
 
+    check_folder(output)
+    check_outputs((output, plot), (*structures, given["truth"], given["split"]))
     if plot is not None:
         check_target(plot, given["overwrite"])
-        new_figure(1, 1)  # is matplotlib there? Better asked now than hours later
 
     from cryored.cli.progress import bar
     from cryored.simulation.pair_table import log_summary, read_pairs
@@ -117,7 +117,7 @@ def simulate_pairs(
     if from_relion is not None:
         from cryored.simulation.harvest import HarvestOptions, harvest_files
 
-        own = given["angpix"] if _given(ctx, "angpix") else None
+        own = given["angpix"] if "angpix" in options.named(ctx) else None
         wanted = options.pick(HarvestOptions, given, angpix=own, manifest=given["split"])
         with bar("requests", 0) as advance:
             table = harvest_files(from_relion, given["truth"], output, wanted, progress=advance)
@@ -159,5 +159,3 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--part has no meaning without --split.")
     if _given(ctx, "jobs") and values["scheduler"] is not None:
         raise click.UsageError("--jobs and --scheduler exclude each other.")
-    if values["plot"] == "-":
-        raise click.UsageError("--plot needs the name of a file.")

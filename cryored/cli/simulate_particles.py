@@ -35,7 +35,7 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
     show_default=True,
     help="Variance of the noise-free pixels over that of the noise; 'inf' for no noise.",
 )
-@click.option("--scale", type=float, help="Multiply the map by this instead; the noise has variance 1.")
+@click.option("--scale", type=options.Number(), help="Multiply the map by this instead; the noise has variance 1.")
 @click.option(
     "--noise",
     type=options.PATH,
@@ -62,18 +62,20 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
     show_default=True,
     help="Range of the underfocus, in micrometre.",
 )
-@click.option("--voltage", type=float, default=300.0, show_default=True, help="In kilovolt.")
-@click.option("--cs", type=float, default=2.7, show_default=True, help="Spherical aberration, in millimetre.")
+@click.option("--voltage", type=options.Number(), default=300.0, show_default=True, help="In kilovolt.")
+@click.option(
+    "--cs", type=options.Number(), default=2.7, show_default=True, help="Spherical aberration, in millimetre."
+)
 @click.option(
     "--amplitude-contrast",
-    type=float,
+    type=options.Number(),
     default=0.1,
     show_default=True,
     help="Fraction of amplitude contrast.",
 )
 @click.option(
     "--uneven",
-    type=click.FloatRange(-20, 20),
+    type=options.Range(-20, 20),
     default=0.0,
     show_default=True,
     metavar="K",
@@ -82,7 +84,7 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
 )
 @click.option(
     "--missing-cone",
-    type=click.FloatRange(0, 80),
+    type=options.Range(0, 80),
     default=0.0,
     show_default=True,
     metavar="DEGREES",
@@ -90,21 +92,21 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[float, fl
 )
 @click.option(
     "--shift",
-    type=float,
+    type=options.Number(),
     default=0.0,
     show_default=True,
     help="Standard deviation of the particles' x and y, in pixels.",
 )
 @click.option(
     "--perturb-angles",
-    type=float,
+    type=options.Number(),
     default=0.0,
     show_default=True,
     help="Root mean square error of the start orientations, in degrees.",
 )
 @click.option(
     "--ini-high",
-    type=float,
+    type=options.Number(),
     default=30.0,
     show_default=True,
     help="Resolution of the reference, in angstrom.",

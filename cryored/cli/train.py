@@ -66,7 +66,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps, instead of --epochs.")
 @click.option(
-    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True, help="Of Adam."
+    "--learning-rate", type=options.Range(min=0, min_open=True), default=1e-4, show_default=True, help="Of Adam."
 )
 @click.option(
     "--schedule",
@@ -85,7 +85,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 )
 @click.option(
     "--l2",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=1e-6,
     show_default=True,
     help="Weight of the sum of squares of the kernels in the loss (the paper's 1e-4, scaled by 0.01).",
@@ -93,7 +93,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 @click.option("--mixed-precision", is_flag=True, help="Compute in bfloat16, for GPUs that do it faster.")
 @click.option(
     "--synthesise",
-    type=click.FloatRange(0, 1),
+    type=options.Range(0, 1),
     default=0.0,
     show_default=True,
     metavar="SHARE",
@@ -109,7 +109,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 )
 @click.option(
     "--checkpoint-every",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     default=5.0,
     show_default=True,
     metavar="MINUTES",
@@ -124,7 +124,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 @click.option("--skip-bad", is_flag=True, help="Leave out pairs that are missing or cannot be used.")
 @click.option(
     "--cache",
-    type=click.FloatRange(min=0),
+    type=options.Range(min=0),
     metavar="GB",
     help="Pairs kept in memory; the others are read again each time.  [default: half of the free memory]",
 )
@@ -155,6 +155,10 @@ def train(
       cryored train --evaluate ./my_prior held_out/pairs.star --plot evaluation.png
     """
     _check_usage(ctx)
+
+    from cryored.files.output import check_folder, check_outputs
+
+    check_outputs((output, given["maps"], given["plot"]), (*tables, given["validation"]))
     if evaluate is not None:
         _judge(evaluate, tables, output or "-", given)
         return
@@ -165,6 +169,7 @@ def train(
     from cryored.training.train import TrainOptions, train_files
 
     assert output is not None  # by the check
+    check_folder(output)
     recipe = options.pick(Recipe, given, epochs=given["epochs"] or Recipe.epochs, input=given["input_kind"])
     chosen = options.pick(TrainOptions, given, command=shlex.join(["cryored", *sys.argv[1:]]))
     with bar("steps", recipe.steps or 1, time_left=False) as advance:
@@ -193,8 +198,6 @@ def _check_usage(ctx: click.Context) -> None:
             raise click.UsageError(f"{option.opts[-1]} has no meaning with --evaluate.")
         if option.name in given and not evaluation and option.name in _OF_EVALUATION_ALONE:
             raise click.UsageError(f"{option.opts[-1]} has no meaning without --evaluate.")
-    if evaluation and values["plot"] == "-":
-        raise click.UsageError("--plot needs the name of a file.")
     if evaluation and values["maps"] == "-" == (values["output"] or "-"):
         raise click.UsageError("only one of --output and --maps can be '-'.")
     if not evaluation and values["epochs"] is not None and values["steps"] is not None:

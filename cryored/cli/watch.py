@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,8 +90,11 @@ def _hook_options(ctx: click.Context) -> list[str]:
 
 
 def _found(model: str) -> str:
-    """Return a model's name as it is, and a folder's from the root."""
-    return str(Path(model).resolve()) if os.sep in model else model
+    """Return a model's name as it is, and a folder that was named itself from the root."""
+    from cryored.prior.models import find_model
+
+    folder = find_model(model).folder
+    return str(folder.resolve()) if folder == Path(model) else model
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from cryored.errors import InputError
 from cryored.files.star import Star, read_star
 
 _ITERATION = re.compile(r"_it(\d+)_")
+_RUN = re.compile(r"(?P<run>.+?)(?P<continued>_ct\d+)?(_it\d+)?_optimiser\.star")
 _SUCCESS, _ENDS = "RELION_JOB_EXIT_SUCCESS", ("RELION_JOB_EXIT_FAILURE", "RELION_JOB_EXIT_ABORTED")
 
 
@@ -24,8 +25,8 @@ class Job:
         The unfiltered half-maps: of a converged auto-refine, and those that a PostProcess job was made from.
     map : Path or None
         The final map, or that of the last iteration.
-    mask : Path or None
-        The solvent mask that the job used or made.
+    mask_file : Path or None
+        The solvent mask that the job used or made, whether it is still there or not.
     pixel_size : float or None
         In angstrom.
     fsc : Path or None
@@ -39,11 +40,21 @@ class Job:
     folder: Path
     halves: tuple[Path, Path] | None = None
     map: Path | None = None
-    mask: Path | None = None
+    mask_file: Path | None = None
     pixel_size: float | None = None
     fsc: Path | None = None
     iteration: int | None = None
     end: Path | None = None
+
+    @property
+    def mask(self) -> Path | None:
+        """The solvent mask that the job used or made; raise `InputError` where it is gone."""
+        if self.mask_file is not None and not self.mask_file.is_file():
+            raise InputError(
+                f"{self.folder}: its mask {self.mask_file} is missing, expected the one that the job used; give it "
+                "with --mask, or the half-maps themselves"
+            )
+        return self.mask_file
 
     def need_halves(self) -> tuple[Path, Path]:
         """Return the unfiltered half-maps; raise `InputError` where there are none yet."""
@@ -90,8 +101,19 @@ def read_job(path: str | Path) -> Job:
             return found
     raise InputError(
         f"{folder}: no job of RELION's, expected the folder of a Refine3D, Class3D, PostProcess or MaskCreate job: one "
-        "with a run_..._optimiser.star, postprocess.star or mask.mrc"
+        "with an ..._optimiser.star, postprocess.star or mask.mrc"
     )
+
+
+def job_end(folder: Path) -> Path | None:
+    """Return the file that says that a job has ended, None before; the pipeline's counts in any folder.
+
+    Raises
+    ------
+    InputError
+        It is none of RELION's folders.
+    """
+    return _exit(folder) or read_job(folder).end
 
 
 def last_request(path: str | Path) -> Path:
@@ -118,12 +140,12 @@ def _postprocess(folder: Path) -> Job | None:
     star = read_star(path)
     names = [star.find_text("general", f"rlnUnfilteredMapHalf{half}") for half in (1, 2)]
     halves = tuple(_seen_from(folder, name) for name in names)
-    mask = _seen_from(folder, star.find_text("general", "rlnMaskName"))
+    mask = _mask_file(folder, star.find_text("general", "rlnMaskName"))
     return Job(
         folder,
         halves=(halves[0], halves[1]) if halves[0] and halves[1] else None,
-        map=_existing(folder / "postprocess.mrc"),
-        mask=mask,
+        map=_first(folder / "postprocess.mrc"),
+        mask_file=mask,
         pixel_size=_number(_option(folder, "angpix")),
         fsc=path,
         end=path,
@@ -131,46 +153,64 @@ def _postprocess(folder: Path) -> Job | None:
 
 
 def _refinement(folder: Path) -> Job | None:
-    optimisers = sorted(folder.glob("run_*it*_optimiser.star"), key=_iteration)
-    final = _existing(folder / "run_optimiser.star")
-    if not optimisers and final is None and not (folder / "run_half1_class001_unfil.mrc").exists():
+    latest = max(folder.glob("*_optimiser.star"), key=_order, default=None)
+    if latest is None and not (folder / "run_half1_class001_unfil.mrc").exists():
         return None
-    latest = optimisers[-1] if optimisers else final
     iteration = None if latest is None else _iteration(latest)
     stem = "" if latest is None else str(latest).removesuffix("_optimiser.star")
-    models = (folder / "run_model.star", Path(f"{stem}_half1_model.star"), Path(f"{stem}_model.star"))
-    model = next((one for one in models if one.is_file()), None)
-    halves = folder / "run_half1_class001_unfil.mrc", folder / "run_half2_class001_unfil.mrc"
-    maps = (folder / "run_class001.mrc", Path(f"{stem}_class001.mrc"), Path(f"{stem}_half1_class001.mrc"))
+    runs = _runs(latest)
+    model = _first(*(folder / f"{run}_model.star" for run in runs), f"{stem}_half1_model.star", f"{stem}_model.star")
+    halves = [_first(*(folder / f"{run}_half{half}_class001_unfil.mrc" for run in runs)) for half in (1, 2)]
     star = None if latest is None else read_star(latest)
     mask = None if star is None else star.find_text("optimiser_general", "rlnSolventMaskName")
     split = star is None or star.find_text("optimiser_general", "rlnDoSplitRandomHalves") != "0"
     size = None if model is None else read_star(model).find_text("model_general", "rlnPixelSize")
     return Job(
         folder,
-        halves=halves if all(half.is_file() for half in halves) else None,
-        map=next((one for one in maps if one.is_file()), None),
-        mask=_seen_from(folder, mask),
+        halves=(halves[0], halves[1]) if halves[0] and halves[1] else None,
+        map=_first(
+            *(folder / f"{run}_class001.mrc" for run in runs), f"{stem}_class001.mrc", f"{stem}_half1_class001.mrc"
+        ),
+        mask_file=_mask_file(folder, mask),
         pixel_size=_number(size),
         fsc=model if split else None,
         iteration=iteration,
-        end=_end(folder, star),
+        end=_end(folder, runs, star),
     )
 
 
 def _mask(folder: Path) -> Job | None:
     path = folder / "mask.mrc"
-    return Job(folder, mask=path, end=path) if path.is_file() else None
+    return Job(folder, mask_file=path, end=path) if path.is_file() else None
 
 
-def _end(folder: Path, star: Star | None) -> Path | None:
+def _order(optimiser: Path) -> tuple[bool, bool, int]:
+    """Return what sorts a folder's optimisers: the latest iteration last, of a run that the pipeline named."""
+    return optimiser.name.startswith("run_"), _ITERATION.search(optimiser.name) is not None, _iteration(optimiser)
+
+
+def _runs(optimiser: Path | None) -> list[str]:
+    """Return the names that a run's files may begin with, as RELION's --o had it: a continuation's before the first."""
+    match = None if optimiser is None else _RUN.fullmatch(optimiser.name)
+    if match is None:
+        return ["run"]
+    return [match["run"] + match["continued"], match["run"]] if match["continued"] else [match["run"]]
+
+
+def _exit(folder: Path) -> Path | None:
+    """Return the file by which RELION's pipeline says that a job has ended."""
+    return next((folder / name for name in (_SUCCESS, *_ENDS) if (folder / name).exists()), None)
+
+
+def _end(folder: Path, runs: list[str], star: Star | None) -> Path | None:
     """Return the file by which a refinement has ended; the pipeline's, or what RELION writes last."""
-    for name in (_SUCCESS, *_ENDS):
-        if (folder / name).exists():
-            return folder / name
-    final = folder / "run_data.star"  # auto-refine has one without an iteration, of the joined halves
-    if final.is_file() and (folder / "run_class001.mrc").is_file():
-        return final
+    found = _exit(folder)
+    if found is not None:
+        return found
+    for run in runs:
+        final = folder / f"{run}_data.star"  # auto-refine has one without an iteration, of the joined halves
+        if final.is_file() and (folder / f"{run}_class001.mrc").is_file():
+            return final
     if star is None:
         return None
     done, asked = (
@@ -204,8 +244,14 @@ def _seen_from(folder: Path, name: str | None) -> Path | None:
     return None
 
 
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
+def _mask_file(folder: Path, name: str | None) -> Path | None:
+    """Return the mask that a job names, as it names it where it is not found."""
+    return None if name in (None, "", "None") else _seen_from(folder, name) or Path(name)
+
+
+def _first(*paths: Path | str) -> Path | None:
+    """Return the first that is there."""
+    return next((Path(path) for path in paths if Path(path).is_file()), None)
 
 
 def _iteration(path: Path) -> int:

@@ -34,6 +34,7 @@ _HEADER_BYTES = 1024
 _DEFLATE_RATIO = 1032  # by which gzip can shrink at most (zlib's technical details)
 _FLOAT16_MAX = 65504.0
 _ISOTROPY = 1e-3  # relative difference of voxel edges below which they are called equal
+_RIGHT = 0.1  # degrees by which the angles of a cell may differ from 90
 
 
 def read_volume(path: str | os.PathLike[str], *, angpix: float | None = None) -> Volume:
@@ -55,7 +56,8 @@ def read_volume(path: str | os.PathLike[str], *, angpix: float | None = None) ->
     ------
     InputError
         The file is missing, shorter than its header says, no single map, complex, not finite, or its voxels
-        are not cubes. What can be read in spite of a fault (bad machine stamp, surplus bytes) is a warning.
+        are not cubes or of no finite size. What can be read in spite of a fault (bad machine stamp, surplus bytes) is
+        a warning.
     """
     name = "standard input" if is_stream(path) else os.fspath(path)
     try:
@@ -73,6 +75,7 @@ def read_volume(path: str | os.PathLike[str], *, angpix: float | None = None) ->
     if surplus:
         logger.warning("%s: the file goes on after the map; the surplus bytes are ignored", name)
     _check_is_map(header, data, name)
+    _check_right_angles(header, name)
     voxel_size = angpix if angpix else _voxel_size(header, name)
     order = _axis_order(header, name)
     starts = (int(header.nxstart), int(header.nystart), int(header.nzstart))
@@ -141,9 +144,10 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
     OutputError
         The file cannot be written.
     InputError
-        Values too large for `float16`.
+        Values that are not finite, or too large for `float16`.
     """
     text = f"cryored {__version__} {label}"[:79]
+    check_finite(volume.data, f"{'standard output' if is_stream(path) else os.fspath(path)}: not written")
     largest = float(np.abs(volume.data).max()) if float16 else 0.0
     if largest > _FLOAT16_MAX:
         raise InputError(f"{os.fspath(path)}: values up to {largest:g}, but float16 ends at 65504; write float32")
@@ -162,15 +166,16 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
 
 
 def check_finite(data: npt.NDArray[Any], name: str) -> None:
-    """Refuse NaN and infinity, saying how many and where the first is."""
+    """Refuse a map (z, y, x) with NaN or infinity, saying how many there are and where the first is."""
     # A sum shows NaN and infinity in one fast pass; only a suspect sum is worth the exact count.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(data.sum()):
             return
-    bad = ~np.isfinite(data)
-    count = int(bad.sum())
+    # Plane by plane, for maps may be large: a sum may also be infinite because the values are.
+    count = sum(plane.size - np.count_nonzero(np.isfinite(plane)) for plane in data)
     if count:
-        z, y, x = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+        z, plane = next((z, plane) for z, plane in enumerate(data) if not np.isfinite(plane).all())
+        y, x = np.argwhere(~np.isfinite(plane))[0]
         raise InputError(
             f"{name}: {count} values are not finite (NaN or infinity), the first at z={z} y={y} x={x}; "
             "expected numbers only"
@@ -180,8 +185,8 @@ def check_finite(data: npt.NDArray[Any], name: str) -> None:
 def _open(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file or a stream for reading, decompressed."""
     source: Path | io.BytesIO
-    if is_stream(path):
-        source = io.BytesIO(stdin_bytes().read())
+    if is_stream(path) or Path(path).is_fifo():  # a pipe, by whatever name, can be read but once
+        source = io.BytesIO(stdin_bytes().read() if is_stream(path) else Path(path).read_bytes())
         magic = source.getvalue()[:3]
     else:
         source = Path(path)
@@ -261,9 +266,24 @@ def _check_is_map(header: Any, data: npt.NDArray[Any], name: str) -> None:
         raise InputError(f"{name}: space group 0 with mz 1, a stack of images; expected a map")
 
 
+def _check_right_angles(header: Any, name: str) -> None:
+    angles = [float(header.cellb[axis]) for axis in ("alpha", "beta", "gamma")]
+    # Old writers leave the angles at 0.
+    if not all(angle == 0 or abs(angle - 90) <= _RIGHT for angle in angles):
+        found = ", ".join(f"{angle:g}" for angle in angles)
+        raise InputError(
+            f"{name}: a cell with angles of {found} degrees, expected 90; resample the map on a cubic grid"
+        )
+
+
 def _voxel_size(header: Any, name: str) -> float:
     counts = (int(header.mx), int(header.my), int(header.mz))
     cell = (float(header.cella.x), float(header.cella.y), float(header.cella.z))
+    if not np.isfinite(cell).all():
+        found = " x ".join(f"{length:g}" for length in cell)
+        raise InputError(
+            f"{name}: a cell of {found} A in the header, expected numbers; give the pixel size by --angpix"
+        )
     if min(counts) <= 0 or min(cell) <= 0:
         return 0.0
     sizes = [length / count for length, count in zip(cell, counts, strict=True)]

@@ -9,12 +9,19 @@ from cryored.errors import CryoredError
 from cryored.files.output import whole_file
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure of so many inches, without a window system or global state."""
+def check_plotting() -> None:
+    """Refuse early, before any work, to draw where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise CryoredError("--plot needs matplotlib: pip install 'cryored[plot]'") from error
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches, without a window system or global state."""
+    check_plotting()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

@@ -102,7 +102,7 @@ def read_star(path: str | os.PathLike[str]) -> Star:
 def parse_star(content: bytes, name: str) -> Star:
     """Parse the content of a STAR file; `name` is for messages."""
     try:
-        return Star(name, cif.read_string(content.decode("utf-8")))
+        return Star(name, cif.read_string(content.decode("utf-8-sig")))
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{name}: no STAR file ({reason})") from error

@@ -18,7 +18,7 @@ from cryored.files.chimerax import Shown, denoised_surfaces
 from cryored.files.fsc_tables import read_fsc_table
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.output import check_target, is_stream, write_text
+from cryored.files.output import check_outputs, check_target, is_stream, write_text
 from cryored.files.requests import is_joined, read_request_file
 from cryored.maps.fourier import apply_shells, forward, low_pass, shell_power
 from cryored.maps.fsc import (
@@ -152,7 +152,7 @@ def denoise_file(
     InputError, OutputError, ModelError
         An input cannot be used, an output cannot be written, or the model tells no uncertainty that is asked for.
     """
-    model = _begin(output, options)
+    model = _begin((path, options.half2), output, options)
     volume = _read(path, options)
     mask = _read_mask(options.mask, path, volume)
     source = _source(path, volume, _given_fsc(path, volume, mask, options), model, options)
@@ -177,7 +177,7 @@ def denoise_halves(
     options : DenoiseOptions
         Its ``half2`` and ``fsc`` are not looked at.
     """
-    model = _begin(output, options)
+    model = _begin((half1, half2), output, options)
     first, second = _read(half1, options), _read(half2, options)
     check_pair((name_of(half1), name_of(half2)), first, second)
     average = first.with_data((first.data + second.data) / 2)
@@ -205,9 +205,11 @@ def denoise_job(
     denoise_halves(str(half1), str(half2), output, replace(options, mask=mask, angpix=angpix), progress=progress)
 
 
-def _begin(output: str, options: DenoiseOptions) -> Model:
+def _begin(maps: tuple[str | None, ...], output: str, options: DenoiseOptions) -> Model:
     """Check where results go, and the model, before anything large is read."""
-    for target in (output, options.uncertainty, options.difference, options.chimerax, options.plot):
+    outputs = (output, options.uncertainty, options.difference, options.chimerax, options.plot)
+    check_outputs(outputs, (*maps, options.mask, options.fsc, options.request))
+    for target in outputs:
         if target is not None:
             check_target(target, options.overwrite)
     model = find_model(options.model)

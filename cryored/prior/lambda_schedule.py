@@ -130,14 +130,13 @@ def source_resolution(path: str, angpix: float | None = None) -> float:
     """
     from cryored.files.fsc_tables import read_fsc_table
     from cryored.files.jobs import is_job, read_job
-    from cryored.files.output import is_stream
     from cryored.files.requests import is_request, project_folder, read_request_file
     from cryored.maps.fsc import nominal_resolution
 
     if is_job(path):
         path = str(read_job(path).need_fsc())
         logger.info("FSC of %s", path)
-    if not is_stream(path) and is_request(path):
+    if Path(path).is_file() and is_request(path):  # a pipe can be read but once, and holds a table
         from cryored.reconstruction.sums import with_fsc
 
         request = read_request_file(path, angpix=angpix)

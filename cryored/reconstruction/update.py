@@ -154,8 +154,8 @@ def estimated_fsc(sums: Accumulators, tau2: Shells, *, threads: int | None = Non
     """Return the FSC that a map should have to another one from as many images, by its own tau2 and K.
 
     S / (1 + S) with the signal-to-noise ratio S = pad**3 tau2 K of each shell, K its mean. In auto-refine tau2 is made
-    from the FSC by this equation, so that it comes back exactly, the tau2 fudge factor included. In Class3D tau2 is
-    the power of the last iteration's map.
+    from the FSC by this equation, so that it comes back exactly where the tau2 fudge factor, which is in tau2, is 1. In
+    Class3D tau2 is the power of the last iteration's map.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ import numpy as np
 from cryored import __version__
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.output import check_target
+from cryored.files.output import check_outputs, check_target
 from cryored.files.requests import Request, Shells, is_joined, read_request_file
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
@@ -168,7 +168,7 @@ def plan_outputs(name: str, request: Request, updater: Updater, by: str, files: 
     Raises
     ------
     OutputError
-        A file cannot be written, or is there already.
+        A file cannot be written, is there already, or is an input or another output.
     """
     target = str(request.result) if files.output is None else files.output
     check_target(target, files.overwrite or files.output is None)
@@ -183,6 +183,8 @@ def plan_outputs(name: str, request: Request, updater: Updater, by: str, files: 
     if updater.settings.final == "map" and files.output is None and lam > 0 and is_joined(request):
         beside = f"{request.root}{DENOISED}"
         check_target(beside, overwrite=True)
+    own_files = (request.star, request.data_real, request.data_imag, request.weight, request.log)
+    check_outputs((target, unregularised, beside), (*own_files, request.mask, files.denoised))
     record: dict[str, Any] = {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cryored": __version__,

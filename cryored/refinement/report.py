@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from cryored import __version__
 from cryored.errors import InputError
-from cryored.files.jobs import read_job
+from cryored.files.jobs import job_end, read_job
 from cryored.files.output import check_target, write_text
 from cryored.prior.weights import ShellWeights
 from cryored.refinement.report_figures import COLOURS, Axis, Line, chart, grey_png, round_axis, shades
@@ -178,9 +178,10 @@ class Report:
         rows = []
         for part, (iteration, frequency, weights) in _in_order(self._weights):
             x = _resolution_axis(float(frequency[-1]))
-            top = max(1, math.ceil(math.log10(float(weights.precision.max()))))
+            powers = [math.log10(value) if value > 0 else math.nan for value in weights.precision.tolist()]
+            top = min(20, max([1, *(math.ceil(power) for power in powers if math.isfinite(power))]))
             decades = [(float(power), f"{10**power:g}") for power in range(top + 1)]
-            precision = Line(frequency.tolist(), np.log10(weights.precision).tolist(), COLOURS[0], "precision")
+            precision = Line(frequency.tolist(), powers, COLOURS[0], "precision")
             gain = Line(frequency.tolist(), weights.gain.tolist(), COLOURS[1], "gain")
             charts = (
                 chart([precision], x, Axis("precision, τ²/v", 0.0, float(top), decades), size=(460, 230)),
@@ -319,12 +320,10 @@ def report_folder(folder: str, output: str, *, overwrite: bool = False) -> int:
 def run_state(folder: str | os.PathLike[str]) -> str:
     """Say in words how far a run is."""
     try:
-        job = read_job(Path(folder))
+        end = job_end(Path(folder))
+        return f"iteration {read_job(Path(folder)).iteration}" if end is None else f"ended ({end.name})"
     except InputError:
         return "begun"
-    if job.end is not None:
-        return f"ended ({job.end.name})"
-    return f"iteration {job.iteration}"
 
 
 def _now() -> str:

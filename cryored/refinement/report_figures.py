@@ -70,14 +70,14 @@ def shades(number: int) -> list[str]:
 
 
 def round_axis(title: str, values: Iterable[float], *, whole: bool = False) -> Axis:
-    """Return an axis that holds all values, with a few ticks at round numbers.
+    """Return an axis that holds all values that are finite, with a few ticks at round numbers.
 
     Parameters
     ----------
     whole : bool
         The values are counts: ticks at whole numbers only, and room beside the first and the last.
     """
-    known = list(values)
+    known = [value for value in values if math.isfinite(value)]
     low, high = min(known), max(known)
     if whole:
         low, high = low - 0.5, high + 0.5
@@ -98,7 +98,7 @@ def round_axis(title: str, values: Iterable[float], *, whole: bool = False) -> A
 
 
 def chart(lines: Sequence[Line], x: Axis, y: Axis, *, size: tuple[int, int], level: float | None = None) -> str:
-    """Draw lines as an SVG element.
+    """Draw lines as an SVG element; points that are not finite are left out.
 
     Parameters
     ----------
@@ -124,7 +124,9 @@ def chart(lines: Sequence[Line], x: Axis, y: Axis, *, size: tuple[int, int], lev
         parts.append(f'<text x="{width - 4}" y="{at - 5:.1f}" text-anchor="end">{level:g}</text>')
     for line in lines:
         places = [
-            f"{x.place(a, width):.1f},{height - y.place(b, height):.1f}" for a, b in zip(line.x, line.y, strict=True)
+            f"{x.place(a, width):.1f},{height - y.place(b, height):.1f}"
+            for a, b in zip(line.x, line.y, strict=True)
+            if math.isfinite(a) and math.isfinite(b)
         ]
         label = f"<title>{html.escape(line.label)}</title>"
         look = f'stroke="{line.colour}" stroke-width="{line.width}" stroke-linejoin="round"'
@@ -145,8 +147,9 @@ def grey_png(section: npt.NDArray[np.float32], edge: int) -> bytes:
     """Return a section (y, x) of a map as a PNG of 8-bit grey with y upwards.
 
     The scale runs from its 0.5th to its 99.8th percentile. Means over blocks of pixels bring it down to at most
-    `edge` pixels a side.
+    `edge` pixels a side. What is not finite is drawn as 0.
     """
+    section = np.where(np.isfinite(section), section, np.float32(0))
     block = -(-max(section.shape) // edge)
     rows, columns = (n // block for n in section.shape)
     small = section[: rows * block, : columns * block].reshape(rows, block, columns, block).mean((1, 3))

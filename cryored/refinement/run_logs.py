@@ -53,9 +53,10 @@ class Logged:
             return None
         return found if found.any() else None
 
-    def frequency(self, shells: int) -> Curve:
-        """Return the spatial frequency of the first shells in 1/angstrom."""
-        return np.arange(shells) / (self.record["box"] * self.record["pixel_size"])
+    def frequency(self, shells: int) -> Curve | None:
+        """Return the spatial frequency of the first shells in 1/angstrom, None where the pixel size is not known."""
+        width = self.record["box"] * self.record["pixel_size"]
+        return np.arange(shells) / width if width else None
 
     def sections(self) -> dict[str, Section]:
         """Return central sections (y, x) of the maps that are there: what RELION got, and the one with the prior."""
@@ -84,14 +85,18 @@ def _read_log(path: Path) -> Iterator[Logged]:
         try:
             record = json.loads(line)
             yield Logged(_entry(name, record), record, path)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s, line %d: no record of an answer (%s); left out", path, number, error)
 
 
-def _entry(name: str, record: dict[str, Any]) -> Entry:
+def _entry(name: str, record: Any) -> Entry:
+    if not isinstance(record, dict):
+        raise TypeError(f"'{record}', expected an object")
     estimated = record.get("fsc", "").startswith("estimated")
     resolution = record["nominal_resolution"]
-    record["box"], record["pixel_size"], record["time"]  # what is needed later
+    # What is needed later.
+    record["box"], record["pixel_size"], record["time"], record["model"], record["model_sha256"]
+    record["weights"]["rule"], record["weights"]["precision"], record["weights"]["gain"]
     return Entry(
         name,
         *parts_of(name),

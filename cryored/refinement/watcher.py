@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from cryored.errors import CryoredError, InputError, in_words
-from cryored.files.jobs import read_job
+from cryored.files.jobs import job_end
 from cryored.files.requests import ENDING, Request, is_request, parts_of, project_folder, read_request_file
 from cryored.memory import free_memory
 from cryored.prior.budget import memory_in_use
@@ -166,7 +167,7 @@ class Server:
         # Pictures take time: first all answers, then what is shown of them.
         for shown in [self._finish(case, maps) for case, maps in zip(cases, denoised, strict=True)]:
             if shown is not None:
-                self._show(*shown)
+                _keep(partial(self._show, *shown))
 
     def _begin(self, orders: Sequence[Order]) -> Iterator[_Case]:
         seen = time.monotonic()
@@ -223,12 +224,11 @@ class Server:
         return entry, maps, answer
 
     def _fail(self, order: Order, error: Exception) -> None:
-        expected = isinstance(error, (CryoredError, OSError, MemoryError))
-        message = in_words(error) if expected else f"{type(error).__name__}: {error}"
-        logger.debug("%s", message, exc_info=True)
+        message = _message(error)
         order.failed(message)
         name = _name(order)
-        self._show(Entry(name, *parts_of(name), None, 0.0, {}, 0.0, "", message), None, None)
+        entry = Entry(name, *parts_of(name), None, 0.0, {}, 0.0, "", message)
+        _keep(partial(self._show, entry, None, None))
 
     def _outside(self, request: Request) -> Path | None:
         """Return a file that would be written or removed outside the folder, if there is one."""
@@ -246,6 +246,14 @@ class Server:
 def _name(order: Order) -> str:
     """Return RELION's name for the map that is asked for, such as ``run_it003_half1_class001``."""
     return Path(order.star).with_suffix("").name.removesuffix(ENDING)
+
+
+def _message(error: Exception) -> str:
+    """Return one line about an error, with its kind where nobody has foreseen it."""
+    expected = isinstance(error, (CryoredError, OSError, MemoryError))
+    message = in_words(error) if expected else f"{type(error).__name__}: {error}"
+    logger.debug("%s", message, exc_info=True)
+    return message
 
 
 @dataclass
@@ -388,7 +396,7 @@ def watch_folder(
         check_report(options.report, options.overwrite)
         facts = {"Folder": folder, "Model": model, "Lambda": rule, "Weights": updater.rule()}
         pages = Report(options.report, f"cryored watch {folder}", facts, live=True)
-        add_logged(pages, read_logs(place))
+        _keep(partial(add_logged, pages, read_logs(place)))
     if settings.lam != 0:
         check_weights(updater.model)
         logger.info("%s: loading model %s ...", folder, model)
@@ -417,7 +425,7 @@ def watch_folder(
                     _keep(pages.write)
                 table.state("waiting")
                 told = False
-            elif not told and end.has_come():
+            elif end.has_come() and not told:  # looked for in any case: one end may leave several traces
                 told = True
                 logger.info("%s: RELION has ended the run", folder)
                 table.state("RELION has ended the run")
@@ -428,12 +436,12 @@ def watch_folder(
         table.state("ended")
 
 
-def _keep(write: Callable[[], None]) -> None:
-    """Write the report; a refinement shall not die of it."""
+def _keep(show: Callable[[], None]) -> None:
+    """Show an order or write the report; a refinement shall not die of it."""
     try:
-        write()
-    except OSError as error:
-        logger.warning("%s", in_words(error))
+        show()
+    except Exception as error:
+        logger.warning("not shown: %s", _message(error))
 
 
 def _shown(updater: Updater, table: Table, pages: Report | None) -> Callable[[Entry, Maps | None, Answer | None], None]:
@@ -455,7 +463,8 @@ def _shown(updater: Updater, table: Table, pages: Report | None) -> Callable[[En
         sections = {name: volume.data[len(volume.data) // 2] for name, volume in shown.items() if volume is not None}
         weights = updater.shell_weights(request, maps.lam)
         known = ShellWeights(weights.precision[: request.r_max + 1], weights.gain[: request.r_max + 1])
-        pages.add(entry, request.frequency, request.fsc, sections, known)
+        frequency = request.frequency if request.pixel_size else None  # which lambda 0 does without
+        pages.add(entry, frequency, request.fsc, sections, known)
 
     return show
 
@@ -474,16 +483,19 @@ class RunEnd:
         self._before = self._mark()
 
     def has_come(self) -> bool:
-        """Look, at most every two seconds."""
+        """Look, at most every two seconds; an end is told once, also where a continued run leaves its traces there."""
         if time.monotonic() - self._looked < _END_EVERY:
             return False
         self._looked = time.monotonic()
         mark = self._mark()
-        return mark is not None and mark != self._before
+        if mark is None or mark == self._before:
+            return False
+        self._before = mark
+        return True
 
     def _mark(self) -> tuple[Path, tuple[int, int] | None] | None:
         try:
-            end = read_job(self._folder).end
+            end = job_end(self._folder)
         except (InputError, OSError):  # nothing there yet, or RELION is writing it
             return None
         return None if end is None else (end, _state(end))

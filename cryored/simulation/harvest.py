@@ -148,14 +148,19 @@ def harvest_files(
     Raises
     ------
     InputError
-        There is no such run or there are several, no request can be used, the structure is not of the part, or the
-        truth does not fit: other box or pixel size, or an `overlap` below 0.3 with the best map.
+        There is no such run or there are several, no request can be used, the name is none of a file, the structure is
+        not of the part, or the truth does not fit: other box or pixel size, or an `overlap` below 0.3 with the best
+        map.
     """
     target = Path(folder)
     table = target / "pairs.star"
     if table.exists() and not options.overwrite:
         raise InputError(f"{table}: exists already; add --overwrite to replace it")
     name = options.name or Path(truth).name.split(".")[0]
+    if Path(name).name != name:
+        raise InputError(
+            f"{name}: expected a structure's name without '/', as it begins its files'; give another with --name"
+        )
     if options.manifest is not None:
         check_split([name], options.manifest, options.part)
     label = f"simulate pairs relion {name}"

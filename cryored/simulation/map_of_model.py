@@ -10,7 +10,7 @@ import numpy as np
 
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.output import check_target
+from cryored.files.output import check_outputs, check_target
 from cryored.maps.volume import Volume, window
 from cryored.simulation.density import check_scattering, gaussian_map, potential_map
 from cryored.simulation.features import Features, featured_map
@@ -88,6 +88,7 @@ def simulate_map_file(structure: str, output: str, options: MapOptions) -> None:
     OutputError
         The map cannot be written.
     """
+    check_outputs((output,), (structure, options.like))
     check_target(output, options.overwrite)
     centre = options.centre and options.like is None
     atoms = read_atoms(

@@ -22,7 +22,7 @@ from cryored.maps.volume import Volume
 from cryored.simulation.methods import find_method
 from cryored.simulation.pair_table import Array, PairRow, read_pairs, write_pair, write_pairs
 from cryored.simulation.split import check_split
-from cryored.simulation.structure import check_fits, read_atoms
+from cryored.simulation.structure import Atoms, check_fits, read_atoms
 from cryored.simulation.workers import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -176,8 +176,14 @@ def simulate_pairs_files(
             raise InputError(f"{table}: there are {len(tasks)} draws, too few for {shard[1]} shards; use fewer")
         tasks = tasks[shard[0] - 1 :: shard[1]]
     plan = options.plan(table.parent)
+    if options.scheduler is not None:  # whose workers have other current folders
+        plan = replace(plan, folder=plan.folder.absolute())
+        tasks = [replace(task, structure=os.path.abspath(task.structure)) for task in tasks]
     made_by = f"simulate pairs {plan} number {options.number}"
-    _make_way(table, made_by, options.overwrite)
+    if _outdated(table, made_by, options.overwrite):
+        _check_structures(plan, tasks, options)
+        for path in _outdated(table, made_by, options.overwrite):  # once more: other shards may have written theirs
+            path.unlink(missing_ok=True)
     new = not table.parent.exists()
     table.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -195,8 +201,9 @@ def simulate_pairs_files(
     return table
 
 
-def _make_way(table: Path, made_by: str, overwrite: bool) -> None:
-    """Refuse, or remove, the table and others whose maps would be replaced: those of runs with other options."""
+def _outdated(table: Path, made_by: str, overwrite: bool) -> list[Path]:
+    """Refuse, or return, the table and others whose maps would be replaced: those of runs with other options."""
+    found = []
     for path in sorted(table.parent.glob("pairs*.star")):
         if not _TABLE.fullmatch(path.name):
             continue
@@ -204,7 +211,8 @@ def _make_way(table: Path, made_by: str, overwrite: bool) -> None:
             continue
         if not overwrite:
             raise InputError(f"{path}: exists already; add --overwrite to replace it")
-        path.unlink()
+        found.append(path)
+    return found
 
 
 def _run(
@@ -214,9 +222,6 @@ def _run(
     progress: Callable[[int, int], None],
 ) -> tuple[list[PairRow], list[str]]:
     """Do all tasks; return the rows of all, and why others were left out."""
-    if options.scheduler is not None:  # whose workers have other current folders
-        plan = replace(plan, folder=plan.folder.absolute())
-        tasks = [replace(task, structure=os.path.abspath(task.structure)) for task in tasks]
     work = partial(_try_task if options.skip_bad else _do_task, plan)
     rows: list[PairRow] = []
     reasons: dict[str, list[str]] = {}
@@ -231,6 +236,31 @@ def _run(
     for name, found in reasons.items():
         logger.warning("%s: %d draws, %s", name, len(found), found[0])
     return rows, [reason for found in reasons.values() for reason in found]
+
+
+def _check_structures(plan: Plan, tasks: Sequence[Task], options: PairOptions) -> None:
+    """Refuse structures that cannot be used, with `skip_bad` only where that is all of them."""
+    structures = list(dict.fromkeys(task.structure for task in tasks))
+    found = run_tasks(partial(_unusable, plan), structures, jobs=options.jobs, scheduler=options.scheduler)
+    reasons = [reason for reason in found if reason]
+    if reasons and not (options.skip_bad and len(reasons) < len(structures)):
+        raise InputError(reasons[0])
+
+
+def _unusable(plan: Plan, structure: str) -> str:
+    """Return why a structure cannot be used; empty where it can."""
+    try:
+        _read(plan, structure)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _read(plan: Plan, structure: str) -> Atoms:
+    """Read a structure that fits the box."""
+    atoms = read_atoms(structure)
+    check_fits(atoms, plan.box, plan.angpix, structure)
+    return atoms
 
 
 def _try_task(plan: Plan, task: Task) -> list[PairRow] | str:
@@ -252,15 +282,14 @@ def _do_task(plan: Plan, task: Task) -> list[PairRow]:
     for path in plan.folder.glob(f"{glob.escape(task.stem)}_*.mrc"):
         if _MAP.fullmatch(path.name.removeprefix(task.stem)):
             path.unlink(missing_ok=True)  # there may be more than will be made now
-    atoms = read_atoms(task.structure)
-    check_fits(atoms, plan.box, plan.angpix, task.structure)
+    atoms = _read(plan, task.structure)
     # The name's bytes make the stream the structure's own, in whatever order structures are given.
     rng = np.random.default_rng([plan.seed, task.draw, *task.name.encode()])
     stem = plan.folder / task.stem
     label = f"simulate pairs {plan.method} {task.stem} seed {plan.seed} resolution {plan.resolution:g}"
 
     def write(kind: str, data: Array) -> str:
-        # Densities in electrons per cubic angstrom are of order 1, which float16 holds well.
+        # Densities, per cubic angstrom or per voxel, are of order 1, which float16 holds well.
         write_volume(f"{stem}_{kind}.mrc", Volume(data, plan.angpix), label=label, float16=plan.float16)
         return f"{stem}_{kind}.mrc"
 

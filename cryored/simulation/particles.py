@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cryored.errors import InputError
 from cryored.files.mrc import Stack, new_stack, read_volume, write_volume
-from cryored.files.output import check_target, is_stream
+from cryored.files.output import check_outputs, check_target, is_stream
 from cryored.files.star import Column, Table, write_star
 from cryored.maps.fourier import low_pass
 from cryored.maps.volume import Volume
@@ -315,6 +315,7 @@ def simulate_particles_file(
         An output exists or cannot be written. The stack appears last, so with it the data set is whole.
     """
     outputs = _outputs(stem)
+    check_outputs(outputs, (map_path, options.noise))
     for path in outputs:
         check_target(path, options.overwrite)
     stack_path, star_path, truth_path, reference_path = outputs

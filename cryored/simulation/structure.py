@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import os
+import re
 import zlib
 from dataclasses import dataclass, field, replace
 
@@ -143,7 +144,9 @@ def _read(name: str) -> gemmi.Structure:
     """Read a file and leave only its first model."""
     try:
         _check_gzip(name)
-        structure = gemmi.read_structure(name)
+        # RCSB calls assemblies 1abc.pdb1, .pdb2 ...: gemmi tells the format by the name, and knows none of these.
+        pdb = re.search(r"\.pdb\d+(\.gz)?$", name, re.IGNORECASE)
+        structure = gemmi.read_pdb(name) if pdb else gemmi.read_structure(name)
     except (OSError, EOFError, zlib.error, ValueError, RuntimeError, IndexError) as error:
         # gemmi answers an empty mmCIF with an IndexError.
         reason = "empty" if isinstance(error, IndexError) else getattr(error, "strerror", None) or str(error)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cryored.maps.fourier import frequencies
 from cryored.maps.fsc import nominal_resolution
+from cryored.maps.truth_scale import RELIABLE
 from cryored.maps.volume import soft_sphere, squared_distance
 from cryored.reconstruction.projection import EVEN, Views, perturb
 from cryored.simulation.intermediates import (
@@ -37,7 +38,6 @@ from cryored.simulation.intermediates import (
 )
 
 _USED = 16  # most probable poses of a particle that are back-projected
-_RELIABLE = 0.5  # FSC of the shells that tell the grey scale
 _AT_A_TIME = 1 << 22  # interpolated coefficients
 _STEPS = 6  # radii of the image size: few, because compilers make a program for each shape
 
@@ -237,7 +237,7 @@ class Refiner:
         """Return what to divide by: least squares on the truth in the shells before the first poor one."""
         from keras import ops
 
-        reliable = (np.arange(len(fsc)) > 0) & (np.cumprod(fsc > _RELIABLE) > 0)
+        reliable = (np.arange(len(fsc)) > 0) & (np.cumprod(fsc > RELIABLE) > 0)
         if not reliable.any():
             return 1.0
         # Linear interpolation has left the averages weaker towards the faces of the box.
