@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -140,3 +141,14 @@ def test_closed_streams(monkeypatch):
     for write in (stdout_bytes, lambda: write_text("-", "text"), lambda: check_target("-", overwrite=False)):
         with pytest.raises(OutputError, match="^standard output is closed: open it, or name a file to write$"):
             write()
+
+
+def test_text_may_go_to_a_terminal_and_maps_may_not(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    check_target("-", False, text=True)
+    with pytest.raises(OutputError, match="standard output is a terminal"):
+        check_target("-", False)

@@ -43,19 +43,27 @@ def _check_open() -> None:
         raise OutputError("standard output is closed: open it, or name a file to write")
 
 
-def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
+def check_target(path: str | os.PathLike[str], overwrite: bool, *, text: bool = False) -> None:
     """Refuse early, before any work, what could not be written at the end.
 
     A link stands for what it points to. A named pipe or a device such as /dev/null takes what is written, and nothing
     is replaced.
 
+    Parameters
+    ----------
+    text : bool
+        A terminal may show it.
+
     Raises
     ------
     OutputError
-        The file exists and `overwrite` is false, or its folder is missing or not writable.
+        The file exists and `overwrite` is false, standard output is a terminal or closed, or the file's folder is missing or not writable.
     """
     if is_stream(path):
-        stdout_bytes()
+        if text:
+            _check_open()
+        else:
+            stdout_bytes()
         return
     target = Path(path)
     if target.is_dir():

@@ -306,7 +306,7 @@ def evaluate_files(
     from cryored.prior.models import check_weights, find_model
 
     for path in filter(None, (output, maps, plot)):
-        check_target(path, overwrite)
+        check_target(path, overwrite, text=path != plot)
     rows = [row for table in tables for row in read_pairs(table)]
     if not rows:
         raise InputError(f"{tables[0]}: lists no pairs, expected some to judge by")
@@ -321,9 +321,9 @@ def evaluate_files(
     table = summarise(judgements)
     if maps is not None:
         write_text(maps, as_tsv([as_row(item) for item in judgements]))
+    write_text(output, as_tsv(table))
     if plot is not None:
         draw_judgements(plot, judgements)
-    write_text(output, as_tsv(table))
     return table
 
 

@@ -314,7 +314,7 @@ def fit_files(
     from cryored.prior.denoiser import Denoiser
 
     for path in filter(None, (output, plot)):
-        check_target(path, overwrite)
+        check_target(path, overwrite, text=path == output)
     folders = [path for path in tables if Path(path).is_dir()]
     rows = [row for table in tables if table not in folders for row in read_pairs(table)]
     resolved = [row for row in rows if row.resolution < BINS[-1]]
@@ -346,11 +346,11 @@ def fit_files(
         except InputError as error:
             stays = "as the card has it" if getattr(found.card, kind) else FALLBACK[kind]
             logger.warning("no %s: %s; the update stays %s", kind, error, stays)
-    if plot is not None:
-        draw_weights(plot, fitted, measured)
     if write_to_card:
         changes: dict[str, Any] = {"schedule": schedule, **fitted}
         write_card(found.folder, dataclasses.replace(found.card, **changes))
     stored = schedule | fitted
     write_text(output, json.dumps(stored, indent=2) + "\n")
+    if plot is not None:
+        draw_weights(plot, fitted, measured)
     return stored
