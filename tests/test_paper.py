@@ -519,10 +519,10 @@ def test_the_report_says_how_often_and_where(done):
     assert "**Swapped prior**, A = 4btf, B = 4m82: mean FSC" in text
     curves = found[A, "swapped"]["curves"]
     assert min(min(curve[1:4]) for curve in curves.values()) > 0.5
-    assert "inflation over 1.05 times MAP's in 0; excess over MAP's " in text
+    assert "inflation over 1.05 times that of map in 0; excess over that of map " in text
     # Half-maps that agree much further than the truth allows.
     found[A, "cwred"] = found[A, "cwred"] | {"half_map_fsc_masked": [1.0] * 13, "truth_fsc": [1.0] * 5 + [0.0] * 8}
-    assert re.search(r"MAP's in 1 \(4m82:i [2-9]\.\d\d\)", results.report(found, "c"))
+    assert re.search(r"of map in 1 \(4m82:i [2-9]\.\d\d\)", results.report(found, "c"))
     assert "Nothing is finished yet" in results.report({}, "c")
     noise_alone = results.report({key: record for key, record in found.items() if key[0] == NOISE}, "c")
     assert "**4ail:noise**" in noise_alone

@@ -172,6 +172,7 @@ def report(records: Records, command: str) -> str:
     parts = [
         f"`{command}`",
         *_tables(records),
+        *_priors(records),
         *_passes(records),
         *_verdicts(records),
         *_noise(records),
@@ -212,6 +213,21 @@ def _tables(records: Records) -> list[str]:
     facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("seed", "version", "date")}
     facts["refinements"] = f"{len(seconds)}, {sum(seconds) / 3600:.1f} hours"
     return [*parts, "; ".join(f"{key} {value}" for key, value in facts.items()) + "."]
+
+
+def _priors(records: Records) -> list[str]:
+    """Tell by the checksum of its model and weights which state of a prior made which runs."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for (_, name), record in records.items():
+        if record.get("prior"):
+            found.setdefault(str(record["model"]), {}).setdefault(str(record["prior"]), set()).add(name)
+    lines = [
+        f"- **{model}**: "
+        + "; ".join(f"`{state}` in {', '.join(sorted(runs))}" for state, runs in states.items())
+        + "."
+        for model, states in found.items()
+    ]
+    return ["**States of the priors, by their checksums**\n\n" + "\n".join(lines)] if lines else []
 
 
 def _passes(records: Records) -> list[str]:
@@ -270,22 +286,19 @@ def _verdicts(records: Records) -> list[str]:
         gains = [mean_truth_fsc(run, plain) - mean_truth_fsc(before, plain) for run, before, plain in runs]
         sharper = [truth_resolution(run) <= truth_resolution(before) for run, before, _ in runs]
         angles = [median_angular_error(run) <= median_angular_error(before) for run, before, _ in runs]
-        # Of runs within a mask the yardstick is MAP within it.
-        within = {cell: records.get((cell, "map-mask" if RUNS[name].masked else "map")) for cell in cells}
-        pairs = {cell: (run, within[cell]) for cell, (run, _, _) in zip(cells, runs, strict=True) if within[cell]}
-        inflated = {str(cell): inflation(run) / inflation(plain) for cell, (run, plain) in pairs.items()}
-        more = [excess(run) - excess(plain) for run, plain in pairs.values()]
+        ratios = [inflation(run) / inflation(before) for run, before, _ in runs]
+        more = [excess(run) - excess(before) for run, before, _ in runs]
         smaller = [1 - median_angular_error(run) / median_angular_error(before) for run, before, _ in runs]
-        too_much = {cell: ratio for cell, ratio in inflated.items() if ratio > INFLATION_LIMIT}
+        too_much = {str(cell): ratio for cell, ratio in zip(cells, ratios, strict=True) if ratio > INFLATION_LIMIT}
         lines.append(
             f"- **{name} against {other}**, {len(cells)} cells: mean FSC to the truth at or above in "
             f"{sum(gain >= 0 for gain in gains)}, above in {sum(gain > 0 for gain in gains)} (median "
             f"{np.median(gains):+.4f}, worst {min(gains):+.4f}); 0.5 crossing as good or better in {sum(sharper)}; "
             f"median angular error not worse in {sum(angles)} (smaller by {np.median(smaller):.1%} in the median); "
-            f"inflation over {INFLATION_LIMIT:g} times MAP's in "
+            f"inflation over {INFLATION_LIMIT:g} times that of {other} in "
             f"{len(too_much)}"
             + (f" ({', '.join(f'{cell} {ratio:.2f}' for cell, ratio in too_much.items())})" if too_much else "")
-            + f"; excess over MAP's {np.median(more):+.3f} (median), at most {max(more):+.3f}."
+            + f"; excess over that of {other} {np.median(more):+.3f} (median), at most {max(more):+.3f}."
         )
     return ["\n".join(lines)] if lines else []
 

@@ -57,8 +57,8 @@ def check_target(path: str | os.PathLike[str], overwrite: bool, *, text: bool = 
     Raises
     ------
     OutputError
-        The file exists and `overwrite` is false, standard output is a terminal or closed, or the file's folder is missing
-        or not writable.
+        The file exists and `overwrite` is false, standard output is a terminal or closed, or the file's folder is
+        missing or not writable.
     """
     if is_stream(path):
         if text:
