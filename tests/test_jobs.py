@@ -73,6 +73,14 @@ def test_fsc_of_a_job_is_that_of_its_files(refined, monkeypatch):
     assert fsc(".").stdout == expected.stdout
 
 
+def test_the_mask_of_a_job_that_lies_elsewhere(refined, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("scratch") / "job012"
+    refined.rename(elsewhere)
+    refined.symlink_to(elsewhere)
+    monkeypatch.chdir("MaskCreate")
+    assert read_job("../Refine3D/job012").mask.read_bytes() == Path("job013/mask.mrc").read_bytes()
+
+
 @pytest.mark.parametrize("command", ["fsc", "denoise"])
 def test_a_mask_that_is_gone_is_not_left_out(refined, command, assert_one_line_error):
     Path("MaskCreate/job013/mask.mrc").unlink()

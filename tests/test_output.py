@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -141,6 +142,21 @@ def test_closed_streams(monkeypatch):
     for write in (stdout_bytes, lambda: write_text("-", "text"), lambda: check_target("-", overwrite=False)):
         with pytest.raises(OutputError, match="^standard output is closed: open it, or name a file to write$"):
             write()
+
+
+def test_standard_output_by_its_other_name(tmp_path):
+    script = "from cryored.files.output import *; import sys; print('before'); sys.stdout.flush(); "
+    script += "check_target('/dev/stdout', False); write_text('/dev/stdout', 'middle\\n'); print('after')"
+    for mode, before in (("w", ""), ("a", "older\n")):
+        Path("out.txt").write_text("older\n")
+        with Path("out.txt").open(mode) as stream:
+            done = subprocess.run([sys.executable, "-c", script], stdout=stream, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        assert Path("out.txt").read_text() == f"{before}before\nmiddle\nafter\n"
+
+
+def test_devices_may_be_named_twice():
+    check_outputs(("/dev/null", "/dev/null"))
 
 
 def test_text_may_go_to_a_terminal_and_maps_may_not(monkeypatch):

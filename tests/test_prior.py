@@ -1,7 +1,9 @@
 """Training from atomic models: features of real maps, refinements on the device, samples, and the whole, small."""
 
 import json
+import logging
 import re
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from cryored.training import from_atoms
 from cryored.training.device_refinements import Refiner
 from cryored.training.from_atoms import learning_rate, loss_of
 from cryored.training.plan import Plan
-from cryored.training.samples import Samples, draw_crops
+from cryored.training.samples import Densities, Samples, draw_crops
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
@@ -109,6 +111,7 @@ def test_a_belt_is_a_cylinder_about_the_molecule(seed):
 
 
 def test_glycans_that_do_not_fit_are_told_of(atoms, caplog):
+    caplog.set_level(logging.INFO, "cryored")
     featured_map(atoms, BOX, PIXEL, 6.0, Features(blobs=10), rng=rng())
     assert not caplog.records
     featured_map(ball((0, 0, 0)), 16, 3.0, 9.0, Features(blobs=10), rng=rng())
@@ -306,6 +309,35 @@ def test_all_samples_are_validated_on(monkeypatch):
     ratio, _ = from_atoms.validate(Nothing(), [None] * 10, Plan(batch=4))
     assert seen == [(0, 4), (4, 4), (8, 2)]
     assert ratio == 1
+
+
+def test_the_rate_rises_from_the_first_step():
+    plan = Plan(learning_rate=1.0)
+    assert learning_rate(plan, 0.1, 0.1) < 0.01
+    assert learning_rate(plan, 0.11, 0.1) == pytest.approx(0.5 * learning_rate(plan, 0.11), rel=0.02)
+    assert learning_rate(plan, 0.5, 0.1) == learning_rate(plan, 0.5)
+
+
+def test_a_structure_that_fits_now_and_then_is_used(monkeypatch):
+    class Now:
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, function, *arguments):
+            future = Future()
+            if next(fits):
+                future.set_result((np.ones(1), 1.0, None))
+            else:
+                future.set_exception(InputError("no orientation"))
+            return future
+
+    monkeypatch.setattr("cryored.training.samples.ProcessPoolExecutor", Now)
+    fits = iter([False] * 10 + [True] + [False] * 40 + [True] * 3)
+    stream = Densities(["a.pdb"], Plan(), 1).stream()
+    assert [next(stream)[0] for _ in range(2)] == ["a", "a"]
+    fits = iter([False] * 100)
+    with pytest.raises(InputError, match="none of 2 structures can be used; the last: no orientation"):
+        next(Densities(["a.pdb", "b.pdb"], Plan(), 1).stream())
 
 
 @pytest.mark.slow

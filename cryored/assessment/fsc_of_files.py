@@ -89,7 +89,7 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
     if options.mask == AUTO:
         mask = relion_mask(first.with_data((first.data + second.data) / 2).with_voxel_size(voxel_size))[0].data
     elif options.mask is not None:
-        mask = read_mask(options.mask, names[0], first)
+        mask = read_mask(options.mask, names[0], first, options.angpix)
 
     def shell_at(resolution: float, option: str) -> int:
         if not voxel_size:

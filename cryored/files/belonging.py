@@ -13,7 +13,7 @@ from cryored.maps.volume import Floats, Volume
 
 AnyPath = str | os.PathLike[str]
 
-_VOXEL_TOLERANCE = 0.01  # relative difference of pixel sizes below which two maps share a grid
+SAME_SIZE = 0.01  # relative difference of pixel sizes below which two maps share a grid
 _MASK_TOLERANCE = 1e-6
 
 
@@ -35,7 +35,7 @@ def check_pair(names: tuple[str, str], first: Volume, second: Volume) -> float:
             raise InputError(f"{name}: all voxels are {volume.data.flat[0]:g}, expected a map with density")
     _check_shape(names[1], second, names[0], first)
     size1, size2 = first.voxel_size, second.voxel_size
-    if size1 and size2 and abs(size1 - size2) > _VOXEL_TOLERANCE * max(size1, size2):
+    if size1 and size2 and abs(size1 - size2) > SAME_SIZE * max(size1, size2):
         raise InputError(
             f"{names[1]}: pixel size {size2:g} A, expected {size1:g} A as in {names[0]}; resample one map, "
             "or give --angpix if a header is wrong"
@@ -43,19 +43,21 @@ def check_pair(names: tuple[str, str], first: Volume, second: Volume) -> float:
     return size1 or size2
 
 
-def read_mask(path: AnyPath, name: str, volume: Volume) -> Floats:
-    """Read the mask of a map of that name.
+def read_mask(path: AnyPath, name: str, volume: Volume, angpix: float | None = None) -> Floats:
+    """Read the mask of a map of that name; its pixel size in the header, or the one given instead, does not count.
 
     Raises
     ------
     InputError
         It cannot be read, is of another shape, empty, or not from 0 to 1.
     """
-    mask = read_volume(path)
+    mask = read_volume(path, angpix=angpix)
     _check_shape(name_of(path), mask, name, volume)
     low, high = float(mask.data.min()), float(mask.data.max())
     if low < -_MASK_TOLERANCE or high > 1 + _MASK_TOLERANCE:
-        raise InputError(f"{name_of(path)}: values from {low:g} to {high:g}, expected a mask from 0 to 1; rescale it")
+        raise InputError(
+            f"{name_of(path)}: values from {low:.8g} to {high:.8g}, expected a mask from 0 to 1; rescale it"
+        )
     if high <= 0:
         raise InputError(f"{name_of(path)}: 0 everywhere, expected a mask from 0 to 1; was the threshold too high?")
     return mask.data

@@ -71,7 +71,8 @@ def parse_fsc_table(content: bytes, name: str) -> FscCurve:
 
 
 def _parse_tsv(text: str, name: str) -> tuple[Curve, Curve]:
-    header, *rows = [line.split() for line in text.splitlines() if line.strip()]  # tabs may have become blanks
+    between = "\t" if "\t" in text else None  # tabs may have become blanks
+    header, *rows = [line.split(between) for line in text.splitlines() if line.strip()]
     label = "fsc_corrected" if "fsc_corrected" in header else "fsc"
     if "frequency" not in header or label not in header:
         raise InputError(f"{name}: begins with '{' '.join(header)[:60]}', {_EXPECTED}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +239,8 @@ def _seen_from(folder: Path, name: str | None) -> Path | None:
     """Return a file that RELION names from its project folder, which is one of those above."""
     if name is None or name in ("", "None"):
         return None
-    for project in (*folder.resolve().parents, Path()):
+    # The folder may be a link to elsewhere.
+    for project in (*folder.resolve().parents, *Path(os.path.abspath(folder)).parents, Path()):
         if (project / name).is_file():
             return Path() / name if (project == Path.cwd()) else project / name
     return None

@@ -21,6 +21,16 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path) == STREAM
 
 
+def is_stdout(path: str | os.PathLike[str]) -> bool:
+    """Tell whether an output stands for standard output, by that name or another such as /dev/stdout."""
+    if is_stream(path):
+        return True
+    try:
+        return sys.stdout is not None and os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except OSError:  # no such file yet, or a standard output that is none of the system's
+        return False
+
+
 def stdin_bytes() -> BinaryIO:
     """Return standard input for reading bytes; refuse a terminal, and one that is closed."""
     if sys.stdin is None:
@@ -60,7 +70,7 @@ def check_target(path: str | os.PathLike[str], overwrite: bool, *, text: bool = 
         The file exists and `overwrite` is false, standard output is a terminal or closed, or the file's folder is
         missing or not writable.
     """
-    if is_stream(path):
+    if is_stdout(path):
         if text:
             _check_open()
         else:
@@ -112,9 +122,9 @@ def check_outputs(
     read = {os.path.realpath(path) for path in inputs if path is not None and not is_stream(path)}
     seen: set[str] = set()
     for path in outputs:
-        if path is None:
+        if path is None or (_is_channel(Path(path)) and not is_stdout(path)):
             continue
-        place = STREAM if is_stream(path) else os.path.realpath(path)
+        place = STREAM if is_stdout(path) else os.path.realpath(path)
         name = "standard output" if is_stream(path) else os.fspath(path)
         if place in seen:
             raise OutputError(f"{name}: named for two outputs, expected a name of its own for each")
@@ -134,6 +144,16 @@ def _behind_links(path: Path) -> Path:
 
 
 @contextmanager
+def _opened(channel: Path) -> Iterator[BinaryIO]:
+    if not is_stdout(channel):
+        with channel.open("wb") as stream:
+            yield stream
+        return
+    yield sys.stdout.buffer  # opened anew, a file would begin again
+    sys.stdout.buffer.flush()
+
+
+@contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a name beside `path` to write to; move it into place when the block ends without an error.
 
@@ -147,11 +167,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     try:
-        if _is_channel(target):
+        if _is_channel(target) or is_stdout(target):
             with tempfile.TemporaryDirectory() as folder:
                 partial = Path(folder) / "whole"
                 yield partial
-                with partial.open("rb") as source, target.open("wb") as channel:
+                with partial.open("rb") as source, _opened(target) as channel:
                     shutil.copyfileobj(source, channel)
             return
         place = _behind_links(target)
@@ -161,7 +181,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
-    except OutputError:
+    except (OutputError, BrokenPipeError):
         raise
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.files.belonging import check_pair, name_of, read_mask
+from cryored.files.belonging import SAME_SIZE, check_pair, name_of, read_mask
 from cryored.files.chimerax import Shown, denoised_surfaces
 from cryored.files.fsc_tables import read_fsc_table
 from cryored.files.jobs import read_job
@@ -154,7 +154,7 @@ def denoise_file(
     """
     model = _begin((path, options.half2), output, options)
     volume = _read(path, options)
-    mask = _read_mask(options.mask, path, volume)
+    mask = _read_mask(options, path, volume)
     source = _source(path, volume, _given_fsc(path, volume, mask, options), model, options)
     if not is_stream(path):
         source = replace(source, path=path)
@@ -181,7 +181,7 @@ def denoise_halves(
     first, second = _read(half1, options), _read(half2, options)
     check_pair((name_of(half1), name_of(half2)), first, second)
     average = first.with_data((first.data + second.data) / 2)
-    mask = _read_mask(options.mask, half1, average)
+    mask = _read_mask(options, half1, average)
     halves = _half_fsc(half1, first, half2, second, mask, options)
     source = _source(f"the average of {half1} and {half2}", average, whole_set_fsc(halves), model, options)
     _denoise(replace(source, halves=halves), mask, output, model, options, progress)
@@ -226,12 +226,12 @@ def _read(path: str, options: DenoiseOptions) -> Volume:
     return volume
 
 
-def _read_mask(mask: str | None, path: str, volume: Volume) -> npt.NDArray[np.float32] | None:
-    if mask is None:
+def _read_mask(options: DenoiseOptions, path: str, volume: Volume) -> npt.NDArray[np.float32] | None:
+    if options.mask is None:
         return None
-    if mask == AUTO:
+    if options.mask == AUTO:
         return np.asarray(relion_mask(volume)[0].data, dtype=np.float32)
-    return np.asarray(read_mask(mask, name_of(path), volume), dtype=np.float32)
+    return np.asarray(read_mask(options.mask, name_of(path), volume, options.angpix), dtype=np.float32)
 
 
 def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options: DenoiseOptions) -> _Source:
@@ -245,6 +245,8 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
             max(_BLUR, 4 * volume.voxel_size),
         )
     if model.card.input == "unregularised":
+        if options.request:
+            raise InputError(f"{path}: weighted by RELION, expected a raw map for {model.card.name}; use another model")
         if options.half2 or options.fsc:
             logger.info("%s takes raw maps: %s is not weighted by an FSC", model.card.name, path)
         return _Source(path, volume, volume, fsc, fsc)
@@ -327,6 +329,12 @@ def _given_fsc(
 def _request_fsc(path: str, volume: Volume, name: str) -> Curve | None:
     """Return the FSC of a request whose answer the map is; None where nothing is resolved."""
     request = with_fsc(read_request_file(name, needs_pixel_size=False))
+    name = name_of(name)
+    if request.pixel_size and abs(volume.voxel_size / request.pixel_size - 1) > SAME_SIZE:
+        raise InputError(
+            f"{path}: pixel size {volume.voxel_size:g} A, expected that of {name}, {request.pixel_size:g} A; give it "
+            "with --angpix if the header is wrong"
+        )
     if volume.shape != (request.ori,) * 3:
         raise InputError(f"{path}: shape {volume.shape} (z, y, x), expected the box of {name}, {request.ori} cubed")
     if is_joined(request):
@@ -421,9 +429,9 @@ def _finisher(
     """Return what is done with every map that is written: sharpened again, sharpened more, masked."""
     wanted = options.bfactor or 0.0
     if wanted == "auto":
-        if source.halves is None:
+        if source.fsc is None:
             raise InputError(f"{source.name}: no FSC, expected that of half-maps for --bfactor auto; give a number")
-        wanted = guinier_bfactor(source.given, np.asarray(source.halves, dtype=np.float64))
+        wanted = guinier_bfactor(source.given, np.asarray(source.fsc, dtype=np.float64))
         logger.info("%s: sharpened by a B factor of %.1f A^2, by the Guinier plot from 10 A on", source.name, wanted)
     bfactor = source.sharpening - wanted
 
@@ -451,7 +459,7 @@ def _tell(
         at = nominal_resolution(frequency, np.asarray(source.halves, dtype=np.float64))
         weighted = f"weighted by its FSC{inside} (between the halves 0.143 at {at:.2f} A)"
     elif options.request is not None:
-        weighted = f"weighted by RELION, by the FSC of {options.request}"
+        weighted = f"weighted by RELION, by the FSC of {name_of(options.request)}"
     difference = result.data - given.data
     norm = float(np.linalg.norm(given.data))
     changed = float(np.linalg.norm(difference)) / norm if norm else 0.0

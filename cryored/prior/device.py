@@ -278,7 +278,8 @@ def _unseen(*names: str) -> Iterator[None]:
 def _hushed() -> Iterator[None]:
     """Keep TensorFlow's start-up notes, which it writes past Python, from standard error; show them if it fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     with tempfile.TemporaryFile() as notes:
         kept = os.dup(2)
         os.dup2(notes.fileno(), 2)

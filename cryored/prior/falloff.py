@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from cryored.errors import InputError
 from cryored.maps.fourier import forward, inverse, shell_index, shell_power, spatial_frequency
-from cryored.maps.fsc import whole_set_fsc
 from cryored.maps.volume import Floats, Volume
 
 # Logarithm of the amplitude of proteins whose atoms are Gaussians of 3 A, the mean of 40 structures (their scatter is
@@ -53,15 +52,16 @@ def sharpening(volume: Volume) -> float:
 def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
     """Return the B factor that relion_postprocess --auto_bfac sharpens by, in square angstrom; negative sharpens.
 
-    Four times the slope of the logarithm of the mean amplitude, weighted by sqrt(2 FSC / (1 + FSC)), against 1 / d**2,
-    from 10 A to the shell before the FSC first drops below 0.0001 (Postprocessing::sharpenMap).
+    Four times the slope of the logarithm of the signal's mean amplitude against 1 / d**2, from 10 A to the shell before
+    the FSC first drops below 0.0001 (Postprocessing::sharpenMap, which weights the average of both halves by
+    sqrt(2 FSC / (1 + FSC)), the root of the signal's share).
 
     Parameters
     ----------
     volume : Volume
         A raw half-map, or the average of both.
     fsc : (max(shape) // 2 + 1,) float64
-        Of the half-maps.
+        To another map as good, the signal's share of the power: that of the half-maps, or 2 FSC / (1 + FSC).
 
     Raises
     ------
@@ -73,7 +73,7 @@ def guinier_bfactor(volume: Volume, fsc: Shells) -> float:
     count = np.bincount(shell_index(volume.shape).ravel())[: box // 2 + 1]
     frequency = np.arange(box // 2 + 1) / (box * volume.voxel_size)
     below = np.flatnonzero(np.asarray(fsc[1:]) < 1e-4) + 1  # the FSC of the means says nothing
-    amplitude = amplitude * np.sqrt(whole_set_fsc(fsc))
+    amplitude = amplitude * np.sqrt(np.maximum(fsc, 0))
     used = (frequency >= 1 / _COARSEST) & (amplitude > 0)
     if below.size:
         used[below[0] :] = False

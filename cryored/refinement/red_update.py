@@ -15,6 +15,7 @@ import numpy as np
 
 from cryored import __version__
 from cryored.errors import InputError
+from cryored.files.belonging import SAME_SIZE
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_outputs, check_target
 from cryored.files.requests import Request, Shells, is_joined, read_request_file
@@ -291,7 +292,7 @@ def _read_denoised(path: str, request: Request) -> Volume:
     if volume.shape != (request.ori,) * 3:
         raise InputError(f"{path}: shape {volume.shape} (z, y, x), expected the request's box of {request.ori} cubed")
     known = volume.voxel_size and request.pixel_size  # with lambda 0 nobody needs that of the request
-    if known and abs(volume.voxel_size / request.pixel_size - 1) > 0.01:
+    if known and abs(volume.voxel_size / request.pixel_size - 1) > SAME_SIZE:
         raise InputError(f"{path}: pixel size {volume.voxel_size:g} A, expected the request's {request.pixel_size:g} A")
     return volume
 

@@ -213,7 +213,7 @@ class Updater:
                 [known_fsc(several[i].request) for i in left],
             )
         for i, volume in zip(left, denoised, strict=True):
-            result[i] = replace(several[i], denoised=volume, seconds={**several[i].seconds, **seconds})
+            result[i] = replace(several[i], denoised=volume, weighted=None, seconds={**several[i].seconds, **seconds})
         return result
 
     def finish(self, maps: Maps) -> Answer:

@@ -173,7 +173,7 @@ def _surroundings(density: Array, atoms: Atoms, angpix: float, features: Feature
         square = (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2
         added += level * rng.uniform(0.3, 1.0) * np.exp(-square / (2 * width**2))
     if placed < features.blobs:
-        logger.warning("room for %d of %d glycans; a larger box has more", placed, features.blobs)
+        logger.info("room for %d of %d glycans; a larger box has more", placed, features.blobs)
     if features.belt:
         normal = rng.standard_normal(3)
         normal /= np.linalg.norm(normal)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cryored.errors import InputError
+from cryored.files.belonging import SAME_SIZE
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.requests import Request, read_request_file
 from cryored.maps.fourier import apply_shells
@@ -29,7 +30,6 @@ _ENDING = "_external_reconstruct.star"
 # run_it003_half1_class001, run_ct5_it006_class002 ...; a run that was continued stays the same run.
 _ROOT = re.compile(r"(?P<run>.+?)(?:_ct\d+)?_it\d+(?:_half(?P<half>[12]))?(?:_(?:class|(?P<body>body))\d+)+$")
 _LEAST_OVERLAP = 0.3  # the wrong hand or origin gives less than 0.2, the right ones give 0.6 and more
-_VOXEL_TOLERANCE = 0.01  # relative difference of pixel sizes below which two maps share a grid
 
 
 def overlap(volume: Array, truth: Array, fsc: Floats) -> float:
@@ -322,7 +322,7 @@ def _found(request: Request) -> Request:
 
 def _check_grid(name: str, truth: Volume, request: Request) -> None:
     """Refuse a truth in another box or of another pixel size than the run's."""
-    same_size = not truth.voxel_size or abs(truth.voxel_size / request.pixel_size - 1) <= _VOXEL_TOLERANCE
+    same_size = not truth.voxel_size or abs(truth.voxel_size / request.pixel_size - 1) <= SAME_SIZE
     if truth.shape != (request.ori,) * 3 or not same_size:
         found = " x ".join(map(str, reversed(truth.shape)))
         raise InputError(

@@ -93,10 +93,10 @@ def build(plan: Plan) -> Any:
     return network
 
 
-def learning_rate(plan: Plan, done: float) -> float:
-    """Return the rate at a share of the time."""
+def learning_rate(plan: Plan, done: float, first: float = 0.0) -> float:
+    """Return the rate at a share of the time; it rises from the share at which the first step was taken."""
     done = min(max(done, 0.0), 1.0)
-    return plan.learning_rate * min(1.0, (done + 1e-4) / _RISE) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-7
+    return plan.learning_rate * min(1.0, (done - first + 1e-4) / _RISE) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-7
 
 
 def save(folder: Path, network: Any, state: State, plan: Plan) -> None:
@@ -187,6 +187,7 @@ class _Run:
         self._refining, self._training = 0.0, 0.0
         self._start, self._seconds_before, self._refinements_before = start, state.seconds, state.refinements
         self._told_at = time.monotonic()
+        self._first = 0.0  # share of the time at which the first step was taken; a run that goes on has risen
         self._log = targets[0] / LOG
         if not self._log.exists():
             self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +214,10 @@ class _Run:
         """Take a step of the optimiser; return its learning rate."""
         plan, state = self._plan, self._state
         state.seconds = self._seconds_before + time.monotonic() - self._start
-        rate = learning_rate(plan, state.seconds / (60 * plan.minutes))
+        done = state.seconds / (60 * plan.minutes)
+        if state.step == 0:
+            self._first = done
+        rate = learning_rate(plan, done, self._first)
         self._network.optimizer.learning_rate = rate
         maps, told, true = draw_crops(self._pool, plan, self._rng, plan.batch)
         found = self._network.train_on_batch([maps, told], true)

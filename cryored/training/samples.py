@@ -7,7 +7,7 @@ refines simulated particles of them (`cryored.training.device_refinements`).
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ _DETERMINED = 0.143  # half-map FSC from which on a shell of the truth counts in
 _UNKNOWN = 0.1  # share of the half-maps whose FSC the network is not told
 _MASKED, _SHARPENED = 0.2, 0.2  # shares of the half-maps
 _SUBSTITUTED = 0.15  # share of the half-maps with noise for signal beyond a shell, which the FSC does not tell
+_FAILURES = 20  # of each structure, none of which has worked, after which none will
 _FEWEST_SHELLS = 3  # that keep their signal
 
 Array = npt.NDArray[np.float32]
@@ -106,7 +107,8 @@ class Densities:
         """
         plan = self._plan
         number = first
-        useless: set[str] = set()
+        worked: set[str] = set()
+        failed: Counter[str] = Counter()
         while True:
             while len(self._pending) < self._ahead:
                 rng = np.random.default_rng([plan.seed, number])
@@ -121,13 +123,13 @@ class Densities:
             try:
                 data, diameter, _ = future.result()
             except ValueError as error:
-                if name not in useless:
+                failed[name] += 1
+                if failed[name] == 1 and name not in worked:
                     logger.warning("%s: left out (%s)", name, error)
-                useless.add(name)
-                if useless.issuperset(self._names):
-                    raise InputError(f"none of {len(useless)} structures can be used; the last: {error}") from error
+                if not worked and all(failed[one] >= _FAILURES for one in self._names):
+                    raise InputError(f"none of {len(failed)} structures can be used; the last: {error}") from error
                 continue
-            useless.discard(name)  # another orientation did fit
+            worked.add(name)
             yield Path(name).name.split(".")[0], data, diameter
 
     def close(self) -> None:
