@@ -349,3 +349,38 @@ def test_tiles_are_told(truth, caplog):
     done = denoise("map.mrc", "-o", "out.mrc", "--overwrite", "--tile", 56)
     assert re.search(r"tiles: (\d+) of \1", done.stderr)
     assert "tiles" not in denoise("map.mrc", "-o", "out.mrc", "--overwrite").stderr
+    done = denoise("map.mrc", "-o", "out.mrc", "--overwrite", "--rotations", 2)
+    assert "passes: 2 of 2" in done.stderr  # of one tile
+    assert "tiles" not in done.stderr
+
+
+def test_what_the_prior_does_beyond_the_data_is_told(monkeypatch):
+    monkeypatch.setattr(Denoiser, "_predict", lambda self, data: 0.25 * data)
+    done = denoise(HALVES[0], "--half2", HALVES[1], "-o", "out.mrc")
+    end = float(
+        re.search(r", active to ([\d.]+) A, beyond 4.57 A on the prior's word alone$", done.stderr, re.M).group(1)
+    )
+    assert end < 4.57
+    halves = CliRunner().invoke(cli, ["fsc", "out.mrc", "out.mrc"])
+    assert "out.mrc and out.mrc both went through the network (labels: denoise cwred" in halves.stderr
+    # Nothing is told of a map without an FSC, nor where the prior ends with the data.
+    volume = read_volume("out.mrc")
+    write_volume("coarse.mrc", volume.with_data(low_pass(volume.data, 1.5, 6.0)), label="test")
+    assert "word alone" not in denoise("coarse.mrc", "-o", "out.mrc", "--overwrite").stderr
+    table = CliRunner().invoke(cli, ["fsc", *map(str, HALVES)]).stdout
+    Path("fsc.tsv").write_text(table)
+    done = denoise("coarse.mrc", "--fsc", "fsc.tsv", "-o", "out.mrc", "--overwrite")
+    assert re.search(r", active to [\d.]+ A$", done.stderr, re.M)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_raw_half_map_without_its_fsc_is_warned_of(beside):
+    for half in HALVES[: 1 + beside]:
+        shutil.copy(half, half.name)
+    first, second = (half.name for half in HALVES)
+    done = denoise(first, "-o", "out.mrc")
+    assert done.exit_code == 0, done.output
+    assert f"cryored: warning: {first} is taken as filtered already, but a raw half-map by its name" in done.stderr
+    assert f"give {f'--half2 {second}' if beside else '--half2 or --fsc'}\n" in done.stderr
+    if beside:
+        assert f"give --half2 {first}\n" in denoise(second, "-o", "out.mrc", "--overwrite").stderr

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
+from cryored.cli.watch import _hook_options, watch
 from cryored.prior.models import find_model
 from cryored.refinement import doctor
 from cryored.refinement.doctor import VARIABLE, Setup
@@ -144,6 +145,21 @@ def test_a_watcher_that_died_and_one_that_serves():
     assert (finding.state, finding.remedy) == ("warning", "start one: cryored watch run")
 
 
+def test_what_a_watcher_left_is_told():
+    def left(*words):
+        given = watch.make_context("watch", ["run", *words])
+        with given, Presence("run", _hook_options(given)):
+            pass
+        return only(doctor.watcher, folder=Path("run"))
+
+    assert left().state == "ok"
+    finding = left("--clean", "--trust", "0.5")
+    assert finding.state == "warning"
+    assert "has ended; the hook goes on by itself with its options: --model cwred" in finding.text
+    assert "--trust 0.5" in finding.text and finding.text.endswith("--clean")
+    assert finding.remedy.endswith(f"to go on without these: rm run/{PRESENCE}")
+
+
 @pytest.mark.parametrize(
     ("answer", "state", "told"),
     [
@@ -188,6 +204,21 @@ def test_too_little_memory(monkeypatch):
     assert only(doctor.memory).remedy == "give --box"
     finding = only(doctor.memory, box=320)
     assert (finding.state, finding.remedy.split(",")[0]) == ("warning", "the halves will be answered one by one")
+
+
+def test_memory_is_that_of_the_runs_pixel_size(monkeypatch):
+    monkeypatch.setattr(doctor, "free_memory", lambda: 6 << 30)
+    finding = only(doctor.memory, folder=Path("run"), box=256)
+    assert (finding.state, finding.remedy.split(",")[0]) == ("warning", "the halves will be answered one by one")
+    assert finding.text.endswith("; at 1.5 A, the model's: the run's pixel size is not known")
+    Path("run/run_it001_optimiser.star").write_text("data_optimiser_general\n_rlnDoSplitRandomHalves 1\n")
+    Path("run/run_it001_half1_model.star").write_text("data_model_general\n_rlnPixelSize 0.8\n")
+    finding = only(doctor.memory, folder=Path("run"), box=256)
+    assert (finding.state, finding.text[-10:]) == ("ok", "; at 0.8 A")
+    # What is compared is what is told: RELION's arrays too.
+    monkeypatch.setattr(doctor, "free_memory", lambda: 3 << 30)
+    finding = only(doctor.memory, folder=Path("run"), box=256)
+    assert finding.state == "warning" and finding.remedy.startswith("RELION's arrays will be read from the disk")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from cryored.assessment.fsc_of_files import FscOptions, fsc_files, log_summary
 from cryored.cli import cli
 from cryored.errors import InputError
 from cryored.files.fsc_tables import format_tsv, format_xml, parse_fsc_table, read_fsc_table, star_blocks
-from cryored.files.mrc import write_volume
+from cryored.files.mrc import read_volume, write_volume
 from cryored.files.star import format_star, parse_star, read_star
 from cryored.maps.fsc import FscResult, MaskedFsc, nominal_resolution
 from cryored.maps.volume import Volume
@@ -451,3 +451,27 @@ def test_an_automatic_mask():
     done = CliRunner().invoke(cli, ["fsc", str(HALF1), str(HALF2), "--mask", "auto", "--resolution-only"])
     assert done.exit_code == 0, done.output
     assert float(done.stdout) == pytest.approx(3.56, abs=0.15)  # relion_postprocess with a mask made by hand
+
+
+DENOISED, UPDATED = "denoise cwred f88a2c32 rotations 1", "red-update cwred f88a2c32 lambda 0.3333"
+
+
+@pytest.mark.parametrize(
+    ("labels", "warned"),
+    [
+        ((DENOISED, DENOISED), True),
+        ((DENOISED, UPDATED), True),
+        ((UPDATED, "red-update lambda 0 (MAP)"), False),
+        (("red-update unregularised", UPDATED), False),
+        ((DENOISED, "truth 6M2B"), False),
+        (("mask", "denoising"), False),
+    ],
+)
+def test_what_went_through_the_network_twice_is_warned_of(run, tmp_path, labels, warned):
+    for name, half, label in zip("ab", (HALF1, HALF2), labels, strict=True):
+        write_volume(str(tmp_path / f"{name}.mrc"), read_volume(half), label=label)
+    done = run(tmp_path / "a.mrc", "-", "--resolution-only", stdin=(tmp_path / "b.mrc").read_bytes())
+    assert done.stdout == "4.5714\n"
+    told = f"a.mrc and standard input both went through the network (labels: {labels[0]}; {labels[1]})"
+    assert (told in done.stderr) == warned
+    assert ("network" in done.stderr) == warned

@@ -168,6 +168,7 @@ def test_a_watcher_that_has_ended_leaves_its_options(shell):
         "cryored: the watcher of run has ended; going on by itself with its options: --model my model "
     )
     assert err.count("\n") == 1
+    assert err.endswith(f"; to end these: rm run/{PRESENCE}\n")
     assert called() == ["red-update", *OPTIONS, STAR]
 
 
@@ -279,6 +280,20 @@ def test_options_of_the_hook_count(shell):
     )
     assert called() == ["red-update", "--lambda", "0", STAR]
     assert not answered
+
+
+def test_options_in_the_environment_count(shell):
+    with watcher(lambda handed: handed.done()) as answered:
+        assert hook(STAR, shell=shell, CRYORED_RED_UPDATE_LAMBDA="", CRYORED_RED_UPDATER="1") == (0, "")
+        code, err = hook(STAR, shell=shell, CRYORED_RED_UPDATE_TRUST="0.5", CRYORED_RED_UPDATE_MODEL="a b")
+    assert code == 7
+    assert err == (
+        "cryored: options given to the hook count (CRYORED_RED_UPDATE_MODEL CRYORED_RED_UPDATE_TRUST), so the watcher "
+        f"on {HOST} (pid {os.getpid()}) is not asked\n"
+    )
+    assert hook(STAR, shell=shell, CRYORED_RED_UPDATE_TRUST="0.5") == (7, "")  # one that has ended has no say either
+    assert called() == ["red-update", STAR] * 2
+    assert len(answered) == 1
 
 
 def test_a_removed_request(shell):

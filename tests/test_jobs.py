@@ -179,6 +179,27 @@ def test_postprocess_and_mask(project):
     assert read_volume(read_job("MaskCreate/job013").mask).data.max() == 1
 
 
+def test_a_job_handed_on_with_its_maps_needs_no_project(project, monkeypatch):
+    monkeypatch.chdir("Class3D")
+    job = read_job(PKA)
+    assert job.halves == tuple(PKA / name for name in HALVES)
+    assert job.mask == PKA / "mask.mrc"
+
+
+def test_nothing_is_taken_from_another_project(refined, tmp_path_factory, monkeypatch):
+    """The current folder may be one with jobs of the same names."""
+    shutil.copy(PKA / "postprocess.star", "PostProcess/job014/postprocess.star")
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(PKA, other / "run")
+    shutil.copytree(PKA, other / "MaskCreate" / "job013")
+    Path("MaskCreate/job013/mask.mrc").unlink()
+    folder = refined.absolute()
+    monkeypatch.chdir(other)
+    assert read_job(folder.parents[1] / "PostProcess/job014").halves is None
+    with pytest.raises(InputError, match="MaskCreate/job013/mask.mrc is missing"):
+        _ = read_job(folder).mask
+
+
 def test_another_folder(project):
     done = CliRunner().invoke(cli, ["fsc", "."])
     assert done.exit_code == 1

@@ -115,3 +115,16 @@ def test_a_threshold_above_everything(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "map.mrc: nothing lies above the threshold of 7; the filtered map goes from" in done.stderr
     assert not Path("mask.mrc").exists()
+
+
+@pytest.mark.parametrize(
+    ("box", "shift", "warned"), [(48, 0, (False, False)), (48, 14, (False, True)), (16, 0, (True, True))]
+)
+def test_a_mask_that_leaves_no_solvent_is_warned_of(tmp_path, monkeypatch, box, shift, warned):
+    monkeypatch.chdir(tmp_path)
+    volume = gaussian(box, 3.0)
+    write_volume("map.mrc", volume.with_data(np.roll(volume.data, shift, axis=1)), label="test")
+    done = CliRunner().invoke(cli, ["mask", "map.mrc", "-o", "mask.mrc", "--lowpass", "0"])
+    assert done.exit_code == 0, done.output
+    assert ("% of the box is inside, expected less than half" in done.stderr) == warned[0]
+    assert ("mask.mrc: 1 on a face of the box, expected" in done.stderr) == warned[1]

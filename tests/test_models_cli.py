@@ -49,10 +49,21 @@ def test_damaged_models_are_told(tmp_path, monkeypatch):
     assert models("none").exit_code == 1
 
 
+def test_numbers_have_three_digits(tmp_path, monkeypatch):
+    shutil.copytree(find_model("cwred-paper").folder, tmp_path / "mine")
+    card = json.loads((tmp_path / "mine" / "card.json").read_text())
+    card |= {"name": "mine", "resolution_range": [3.34884, 20.5714]}
+    (tmp_path / "mine" / "card.json").write_text(json.dumps(card))
+    monkeypatch.setenv("CRYORED_MODEL_PATH", str(tmp_path))
+    assert "3.35 to 20.6 A" in models().stdout
+    assert "maps resolved to 3.35 to 20.6 A\n" in models("mine").stdout
+
+
 def test_names_are_completed():
     completion = ShellComplete(cli, {}, "cryored", "_CRYORED_COMPLETE")
-    found = completion.get_completions(["denoise", "--model"], "cwred-")
-    assert [item.value for item in found] == ["cwred-gaussian", "cwred-paper"]
+    for words in (["denoise", "--model"], ["models"]):
+        found = completion.get_completions(words, "cwred-")
+        assert [item.value for item in found] == ["cwred-gaussian", "cwred-paper"]
 
 
 def test_a_folder_of_that_name_is_taken(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,20 @@ import pytest
 from click.testing import CliRunner
 
 from cryored.cli import cli
+from cryored.errors import OutputError
+from cryored.files.mrc import read_volume
+from cryored.files.requests import read_request_file
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import find_model
 from cryored.prior.weights import ShellWeights
+from cryored.reconstruction.sums import load_sums
+from cryored.refinement.mailbox import Presence
 from cryored.refinement.red_update import AS_ASKED
 from cryored.refinement.report import Report
 from cryored.refinement.run_logs import read_logs
 from cryored.refinement.updater import Settings, Updater
-from cryored.refinement.watch_table import Entry
-from cryored.refinement.watcher import RunEnd, WatchOptions, watch_folder
+from cryored.refinement.watch_table import Entry, Table
+from cryored.refinement.watcher import RunEnd, WatchOptions, _shown, watch_folder
 
 CASE = Path(__file__).parent / "data" / "relion_requests" / "box32_pad2"
 STARS = [f"run/run_it004_half{half}_class001_external_reconstruct.star" for half in (1, 2)]
@@ -130,6 +136,83 @@ def watching(run, stop, **options):
     )
     thread.start()
     return thread
+
+
+def change(log, **changes):
+    record = json.loads(log.read_text()) | changes
+    log.write_text(json.dumps(record) + "\n")
+
+
+def test_the_options_are_told_and_where_they_change(run):
+    logs = sorted(run.glob("*_cryored.log"))
+    for log in logs:
+        change(log, schedule="/models/card.json", prior_limit=8.0 if "it010" in log.name else None)
+    change(logs[0], prior_limit=None)
+    assert report(run).exit_code == 0
+    text = (run / "cryored_report.html").read_text()
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert facts["Lambda"] == "auto, schedule in /models/card.json"
+    assert facts["Prior limit"] == "none; from iteration 10 on: 8 Å"
+    told = [facts[name] for name in ("Trust", "Last iteration", "Extrapolate", "Weights")]
+    assert told == ["1", "plain MAP", "no", "eq. 17"]
+    change(logs[0], schedule=None)
+    assert report(run).exit_code == 0
+    assert "<dd>0; from iteration 4 on: auto, schedule in" in (run / "cryored_report.html").read_text()
+
+
+def test_the_report_tells_which_map_is_plain(run):
+    star = "run/run_it010_class001_external_reconstruct.star"
+    shutil.copy(Path(star).with_suffix(".mrc"), "denoised.mrc")
+    done = CliRunner().invoke(cli, ["red-update", star, "--lambda", "1", "--denoised", "denoised.mrc"])
+    assert done.exit_code == 0, done.stderr
+    assert (
+        "run/run_it010_class001_external_reconstruct.mrc: plain MAP (last iteration), with the prior: "
+        "run/run_it010_class001_denoised.mrc, lambda 1.000 at 9.60 A, eq. 17" in done.stderr
+    )
+    assert report(run).exit_code == 0
+    text = (run / "cryored_report.html").read_text()
+    assert "<td>run_it010_class001*</td>" in text
+    assert "plain MAP (last iteration), with the prior: run_it010_class001_denoised.mrc, which" in text
+
+
+def test_the_watchers_pictures_are_those_of_the_files(run):
+    star = "run/run_it010_class001_external_reconstruct.star"
+    request = read_request_file(star)
+    updater = Updater(Settings(lam=1.0), Denoiser(find_model("cwred"), gpu=False))
+    maps = updater.begin(request, load_sums(request), denoised=read_volume(Path(star).with_suffix(".mrc")))
+    answer = updater.finish(maps)
+    taken = {}
+
+    class Page:
+        def add(self, entry, frequency, fsc, sections, weights):
+            taken.update(sections)
+
+    entry = Entry("run_it010_class001", 10, None, 9.6, 1.0, {}, 0.1, "CPU", beside="run_it010_class001_denoised.mrc")
+    _shown(updater, Table(), Page())(entry, maps, answer)
+    middle = request.ori // 2
+    np.testing.assert_array_equal(taken["result"], maps.regularised.data[middle])
+    np.testing.assert_array_equal(taken["denoised"], answer.result.data[middle])
+
+
+def test_a_watcher_says_first_that_the_run_has_ended(run, caplog):
+    (run / "RELION_JOB_EXIT_SUCCESS").touch()
+    stop = threading.Event()
+    stop.set()
+    with caplog.at_level("INFO", logger="cryored"):
+        watching(run, stop).join(30)
+    assert caplog.messages[0] == (
+        "run: this run has ended (RELION_JOB_EXIT_SUCCESS); waiting for a new one, or for --continue"
+    )
+
+
+@pytest.mark.parametrize("fault", ["missing", "taken"])
+def test_no_model_is_loaded_for_a_folder_that_cannot_be_served(run, fault, monkeypatch):
+    monkeypatch.setattr(Denoiser, "load", lambda self: pytest.fail("loaded"))
+    updater = Updater(Settings(), Denoiser(find_model("cwred"), gpu=False))
+    served = Presence(run, []) if fault == "taken" else nullcontext()
+    folder, told = ("run", "serves this folder") if fault == "taken" else ("none", "none: no such folder")
+    with served, pytest.raises(OutputError, match=told):
+        watch_folder(folder, updater, AS_ASKED, WatchOptions(), stop=lambda: True)
 
 
 def test_a_watcher_continues_the_report(run):

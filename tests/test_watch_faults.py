@@ -214,6 +214,7 @@ def test_started_late(watch, monkeypatch):
     monkeypatch.setenv("CRYORED_RED_UPDATE_LAMBDA", "0")
     assert ended(hook(HALVES[0]))[0] == 0
     check(HALVES[0], ["red-update"])
+    monkeypatch.delenv("CRYORED_RED_UPDATE_LAMBDA")  # else it counts, and no watcher is asked
     watch()
     assert ended(hook(HALVES[1])) == (0, "")
     check(HALVES[1], ["watch"])

@@ -14,7 +14,7 @@ import weakref
 import pytest
 from rich.console import Console
 
-from cryored.refinement.watch_table import STEPS, Entry, Table, add_steps
+from cryored.refinement.watch_table import STEPS, Entry, Table, _line, add_steps
 
 SECONDS = {
     "waited": 0.01,
@@ -97,6 +97,17 @@ def test_the_terminal_shows_a_row_a_request():
     assert rows[0][:10] == ["3", "half", "1", "7.25", "0.500", "0.01", "0.20", "0.80", "2.50", "0.03"]
     assert rows[0][10:12] == ["3.21", "GPU:0"]
     assert rows[1] == ["1", "joined", "none", "0.500", "0.20", "0.00", "CPU"]
+
+
+def test_the_plain_map_of_the_last_iteration_is_told():
+    terminal = Terminal("job012", width=120)
+    last = entry(10, None, beside="run_it010_class001_denoised.mrc")
+    with terminal.table as table:
+        table.add(last)
+        lines = terminal.frame()
+    assert "joined*" in lines[-2]
+    assert lines[-1] == "* plain MAP (last iteration), with the prior: run_it010_class001_denoised.mrc"
+    assert _line(last).startswith(f"run_it010_class001: {lines[-1][2:]}, resolution 7.25 A, lambda 0.500")
 
 
 def test_a_failure_is_red_and_says_why():

@@ -1,6 +1,8 @@
 """The calibrated weights: from the measurement to the map."""
 
 import json
+import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -266,6 +268,14 @@ def test_the_last_iteration_is_plain_and_the_prior_lies_beside(project):
     assert not beside.exists()
 
 
+def test_the_fsc_of_two_updated_maps_is_warned_of(project):
+    assert project(HALF, "--denoised", "denoised.mrc", "-o", "prior.mrc").exit_code == 0
+    assert project(HALF, "--lambda", 0, "-o", "map.mrc").exit_code == 0
+    for second, warned in (("prior.mrc", True), ("map.mrc", False)):
+        done = CliRunner().invoke(cli, ["fsc", "prior.mrc", second])
+        assert ("both went through the network (labels: red-update cwred" in done.stderr) == warned
+
+
 def test_the_joined_halves_count_as_what_they_are_together(project):
     """Their sum is better than the FSC between them says, but not as good as RELION takes it for."""
     assert project(JOINED, "--denoised", "denoised.mrc").exit_code == 0
@@ -456,6 +466,38 @@ def test_weights_that_cannot_be_fitted_leave_the_cards(tmp_path, monkeypatch, ca
     assert after.weights_masked == before.weights_masked != {}
     assert "weights_masked" not in stored
     assert "the update stays as the card has it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("structures", "gain", "told", "warned"),
+    [
+        ("ab", 2.0, r"weights: they leave 0\.1\d\d of MAP's error \(held out 0\.1\d\d\), eq\. 17 .* leaves 0\.7", None),
+        ("a", 2.0, r"of MAP's error, eq\. 17", "judged on a alone, to which they were fitted; expected maps of two"),
+        (
+            "ab",
+            None,
+            r"of MAP's error \(held out [1-9]\.",
+            "by these maps the prior is no help: with it the update leaves ",
+        ),
+    ],
+)
+def test_a_fit_says_what_the_weights_are_worth(tmp_path, monkeypatch, caplog, structures, gain, told, warned):
+    from cryored.training import lambda_fit
+
+    monkeypatch.setattr(logging.getLogger("cryored"), "propagate", True)
+    shutil.copytree(find_model("cwred").folder, tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    measured = [synthetic(name, seed, gain=gain or 1.0) for name in structures for seed in range(5)]
+    if gain is None:  # what holds of one structure is wrong for the other, whose denoised map is not the truth's
+        measured = [item if item.structure == "a" else replace(item, tf=0.05 * item.tf) for item in measured]
+    monkeypatch.setattr(lambda_fit, "recorded", lambda folder: measured)
+    monkeypatch.setattr(lambda_fit, "refinement_moments", lambda *_: iter(measured))
+    with caplog.at_level("INFO", logger="cryored"):
+        lambda_fit.fit_files([str(tmp_path / "run")], str(tmp_path / "model"), output=str(tmp_path / "s.json"))
+    assert re.search(told, caplog.text)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (warned is not None)
+    assert all(warned in text for text in warnings)
 
 
 def test_the_shipped_prior_is_calibrated():

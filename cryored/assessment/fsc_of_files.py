@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +29,9 @@ from cryored.maps.volume import Volume
 from cryored.prior.models import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
+
+# Labels of `denoise` and `red-update`; with lambda 0, and of the unregularised map, no network had a say.
+_BY_NETWORK = re.compile(r"cryored \S+ ((?:denoise|red-update(?! lambda 0 \(MAP\)$| unregularised$)) .*)")
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,18 @@ def fsc_job(folder: AnyPath, options: FscOptions = FscOptions()) -> FscResult:
 
 
 def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:
-    """Warn of two maps that are one, that lie apart, or that their headers place differently."""
+    """Warn of two maps that are one, denoised both, that lie apart, or that their headers place differently."""
     if np.array_equal(volume1.data, volume2.data):
         logger.warning("%s and %s hold the same map: its FSC with itself is 1 and tells nothing", *names)
+    by = [next(filter(None, map(_BY_NETWORK.match, volume.labels)), None) for volume in (volume1, volume2)]
+    if by[0] and by[1]:
+        logger.warning(
+            "%s and %s both went through the network (labels: %s; %s) and agree on what it adds: their FSC is no "
+            "resolution; compare raw half-maps, or one map with the truth (docs/validation.md)",
+            *names,
+            by[0][1],
+            by[1][1],
+        )
     shift = shift_between(volume1.data, volume2.data)
     if any(shift):
         unit = volume1.voxel_size or volume2.voxel_size

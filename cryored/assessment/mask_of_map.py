@@ -84,6 +84,21 @@ def mask_file(path: str, output: str, options: MaskOptions) -> None:
     write_volume(output, mask, label="mask")
     share = 100 * float(mask.data.mean(dtype=np.float64))
     logger.info("%s: threshold %.4g, %.1f %% of the box is inside", output, threshold, share)
+    if share > 50:
+        logger.warning(
+            "%s: %.0f %% of the box is inside, expected less than half: solvent counts as molecule; raise --threshold "
+            "(%.4g), or use a larger box",
+            output,
+            share,
+            threshold,
+        )
+    if any((mask.data.take((0, -1), axis) >= 1).any() for axis in range(3)):
+        logger.warning(
+            "%s: 1 on a face of the box, expected a soft edge and solvent there; raise --threshold (%.4g), or use a "
+            "larger box",
+            output,
+            threshold,
+        )
     if options.plot is not None:
         _draw(options.plot, volume, mask)
 

@@ -99,7 +99,7 @@ def denoise(map_path: str | None, output: str, half1: str | None, **given: Any) 
     from cryored.prior.denoise_files import DenoiseOptions, denoise_file, denoise_halves, denoise_job
 
     chosen = options.pick(DenoiseOptions, given)
-    with bar("tiles", 0) as advance:
+    with bar("tiles" if given["rotations"] == 1 else "passes", 0) as advance:  # of each tile in each rotation
 
         def tell(done: int, total: int) -> None:
             if total > 1:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("name", required=False, metavar="[NAME_OR_PATH]")
+@click.argument("name", required=False, metavar="[NAME_OR_PATH]", shell_complete=options.complete_model)
 @click.option("--json", "as_json", is_flag=True, help="Print the card as it is.")
 @options.common
 def models(name: str | None, as_json: bool) -> None:
@@ -55,7 +55,7 @@ def _in_a_line(model: Model) -> str:
     card = model.card
     fine, coarse = card.resolution_range
     told = ", told the FSC" if card.knots else ""
-    return f"{card.input} maps of {card.pixel_size:g} A/pixel, {fine:g} to {coarse:g} A{told}"
+    return f"{card.input} maps of {card.pixel_size:g} A/pixel, {fine:.3g} to {coarse:.3g} A{told}"
 
 
 def _described(model: Model) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def _described(model: Model) -> list[tuple[str, str]]:
         ("name", card.name),
         ("folder", str(model.folder)),
         ("sees", f"{card.input} maps at {card.pixel_size:g} A/pixel" + (", and their FSC" if card.knots else "")),
-        ("for", f"maps resolved to {fine:g} to {coarse:g} A"),
+        ("for", f"maps resolved to {fine:.3g} to {coarse:.3g} A"),
         ("tells", "the map, and how sure it is" if card.uncertainty else "the map"),
         ("trained on", "simulated maps: " + ", ".join(f"{key} {value}" for key, value in facts.items())),
     ]

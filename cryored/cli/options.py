@@ -116,7 +116,8 @@ angpix = click.option(
 )
 
 
-def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of models that begin so."""
     from cryored.prior.models import list_models
 
     return [name for name, _ in list_models() if name.startswith(incomplete)]
@@ -124,7 +125,7 @@ def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 model = click.option(
     "--model",
-    shell_complete=_complete_model,
+    shell_complete=complete_model,
     default=DEFAULT_MODEL,
     show_default=True,
     metavar="NAME_OR_PATH",

@@ -74,10 +74,13 @@ def red_update(job: str, check: bool, **given: Any) -> None:
     else:
         import logging
 
-        resolution = record["nominal_resolution"]
+        from cryored.refinement.red_update import beside
+
+        resolution, prior = record["nominal_resolution"], beside(record)
         logging.getLogger("cryored").info(
-            "%s: lambda %.3f%s%s, %s, %.2f s",
+            "%s: %slambda %.3f%s%s, %s, %.2f s",
             record["result"],
+            "" if prior is None else f"plain MAP (last iteration), with the prior: {prior}, ",
             record["lambda"],
             "" if resolution is None else f" at {resolution:.2f} A",
             f", {record['weights']['rule']}" if record["lambda"] else "",

@@ -35,7 +35,11 @@ from cryored.cli.progress import terminal
     metavar="FILE.html",
     help="Keep a report up to date; one that is there is continued. `cryored report` makes it afterwards.",
 )
-@click.option("--until-done", is_flag=True, help="End when RELION has ended the run.")
+@click.option(
+    "--until-done",
+    is_flag=True,
+    help="End when RELION has ended the run; of a crash outside its pipeline nothing tells.",
+)
 @options.device
 @options.max_memory
 @options.threads

@@ -246,7 +246,7 @@ def draw_fsc(path: str | os.PathLike[str], result: FscResult, threshold: float =
     axes.axhline(0, color="0.6", linewidth=0.8)
     for level in (0.143, 0.5):
         axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
-        axes.text(0.995, level + 0.01, f"{level}", ha="right", color="0.4", transform=axes.get_yaxis_transform())
+        axes.text(1.01, level, f"{level}", va="center", color="0.4", transform=axes.get_yaxis_transform())
     for curve, label, color, width in styles:
         axes.plot(frequency, curve, color=color, linewidth=width, label=label)
     final = result.resolution(threshold)
@@ -254,5 +254,5 @@ def draw_fsc(path: str | os.PathLike[str], result: FscResult, threshold: float =
         axes.axvline(1 / final, color="0.3", linewidth=0.8, linestyle=":")
         axes.set_title(f"{final:.2f} Å at FSC = {threshold:g}")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}\n{1 / x:.1f} Å" if x > 0 else "0")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=4 if len(styles) <= 4 else 3)
     save_figure(figure, path)

@@ -140,13 +140,17 @@ def _postprocess(folder: Path) -> Job | None:
         return None
     star = read_star(path)
     names = [star.find_text("general", f"rlnUnfilteredMapHalf{half}") for half in (1, 2)]
-    halves = tuple(_seen_from(folder, name) for name in names)
-    mask = _mask_file(folder, star.find_text("general", "rlnMaskName"))
+    mask = star.find_text("general", "rlnMaskName")
+    # A job that was handed on with its maps beside it: what its project has under their names is another one's.
+    halves = [_beside(folder, name) for name in names]
+    handed_on = None not in halves and halves[0] != halves[1]
+    if not handed_on:
+        halves = [_seen_from(folder, name) for name in names]
     return Job(
         folder,
         halves=(halves[0], halves[1]) if halves[0] and halves[1] else None,
         map=_first(folder / "postprocess.mrc"),
-        mask_file=mask,
+        mask_file=(_beside(folder, mask) if handed_on else None) or _mask_file(folder, mask),
         pixel_size=_number(_option(folder, "angpix")),
         fsc=path,
         end=path,
@@ -239,16 +243,28 @@ def _seen_from(folder: Path, name: str | None) -> Path | None:
     """Return a file that RELION names from its project folder, which is one of those above."""
     if name is None or name in ("", "None"):
         return None
-    # The folder may be a link to elsewhere.
-    for project in (*folder.resolve().parents, *Path(os.path.abspath(folder)).parents, Path()):
+    # The folder may be a link to elsewhere. The current folder is none of them by itself: it may be another project.
+    for project in (*folder.resolve().parents, *Path(os.path.abspath(folder)).parents):
         if (project / name).is_file():
-            return Path() / name if (project == Path.cwd()) else project / name
+            return _from_here(project, name)
     return None
 
 
+def _from_here(project: Path, name: str) -> Path:
+    return Path(name) if project == Path.cwd() else project / name
+
+
+def _beside(folder: Path, name: str | None) -> Path | None:
+    """Return what lies in a job's own folder under the base name of a file."""
+    return _first(folder / Path(name or "").name)
+
+
 def _mask_file(folder: Path, name: str | None) -> Path | None:
-    """Return the mask that a job names, as it names it where it is not found."""
-    return None if name in (None, "", "None") else _seen_from(folder, name) or Path(name)
+    """Return the mask that a job names; one that is not found where it should be, two folders up as RELION has it."""
+    if name is None or name in ("", "None"):
+        return None
+    above = Path(os.path.abspath(folder)).parents
+    return _seen_from(folder, name) or _from_here(above[min(1, len(above) - 1)] if above else folder, name)
 
 
 def _first(*paths: Path | str) -> Path | None:

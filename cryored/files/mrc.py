@@ -87,7 +87,7 @@ def read_volume(path: str | os.PathLike[str], *, angpix: float | None = None) ->
     values = np.ascontiguousarray(transposed, dtype=np.float32)
     check_finite(values, name)
     origin = (float(header.origin.x), float(header.origin.y), float(header.origin.z))
-    return Volume(values, voxel_size, origin, (nstart[0], nstart[1], nstart[2]))
+    return Volume(values, voxel_size, origin, (nstart[0], nstart[1], nstart[2]), _labels(header))
 
 
 def read_array(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
@@ -292,6 +292,11 @@ def _voxel_size(header: Any, name: str) -> float:
         raise InputError(f"{name}: voxels of {found} A, expected cubes; resample the map first")
     # Seven digits undo the float32 rounding of the cell, so that 144 A / 96 gives 1.5 and 1.0961 stays 1.0961.
     return float(f"{sizes[0]:.6g}")
+
+
+def _labels(header: Any) -> tuple[str, ...]:
+    texts = (bytes(label).split(b"\0")[0].decode("ascii", "replace").strip() for label in header.label)
+    return tuple(text for text in texts if text)
 
 
 def _axis_order(header: Any, name: str) -> list[int]:

@@ -27,12 +27,15 @@ class Volume:
         ORIGIN of the MRC header, in angstrom.
     nstart : (x, y, z) int
         NXSTART, NYSTART, NZSTART of the MRC header, in voxels.
+    labels : tuple of str
+        Those of the MRC header that it was read from: what was done to these densities.
     """
 
     data: Floats
     voxel_size: float
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     nstart: tuple[int, int, int] = (0, 0, 0)
+    labels: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,7 +47,7 @@ class Volume:
         """Return other densities on the same grid."""
         if data.shape != self.data.shape:
             raise InputError(f"data of shape {data.shape} do not fit a grid of shape {self.data.shape}")
-        return dataclasses.replace(self, data=data)
+        return dataclasses.replace(self, data=data, labels=())
 
     def with_voxel_size(self, voxel_size: float) -> Volume:
         """Return the same densities with another voxel size in angstrom."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ _BLUR = 15.0  # angstrom at which noise is gone and a molecule is a blob
 _SKEWED = 0.3  # skewness of the blurred map; molecules have 0.7 to 5, noise 0
 _SHARPENED = 25.0  # B factor in square angstrom from which on a map counts as sharpened; others have -20 to 20
 _DEAR = 2.0e8  # voxels at the model's pixel size, from which on a map takes ten minutes and more on a CPU
+_RAW = "_unfil.mrc"  # ending of RELION's raw half-maps
 _ACTIVE = 0.01  # relative change of a shell from which on the prior did something there
 
 Curve = npt.NDArray[np.floating]
@@ -258,11 +260,18 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
         weights = np.clip(fsc, 0.0, 1.0)
         weighted = volume.with_data(apply_shells(volume.data, weights, options.threads))
         return _Source(path, weighted, volume, fsc, fsc)
-    logger.info(
-        "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
-        "--half2 or --fsc",
-        path,
-    )
+    if path.endswith(_RAW):
+        logger.warning(
+            "%s is taken as filtered already, but a raw half-map by its name: its noise passes for signal; give %s",
+            path,
+            _how_to_weight(Path(path)),
+        )
+    else:
+        logger.info(
+            "%s is taken as filtered already (a post-processed map, RELION's own output); for a raw half-map give "
+            "--half2 or --fsc",
+            path,
+        )
     bfactor = sharpening(volume)
     if bfactor < _SHARPENED:
         return _Source(path, volume, volume, None, None)
@@ -281,12 +290,21 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
     return _Source(path, volume.with_data(blurred), volume, None, None, bfactor)
 
 
+def _how_to_weight(path: Path) -> str:
+    """Return the option that weights a raw half-map, with the other half where that lies beside it."""
+    for mine, others in (("half1", "half2"), ("half2", "half1")):
+        other = path.with_name(path.name.replace(mine, others))
+        if other.name != path.name and other.exists():
+            return f"--half2 {other}"
+    return "--half2 or --fsc"
+
+
 def _check_range(path: str, volume: Volume, card: ModelCard, options: DenoiseOptions) -> None:
     """Refuse a map in which the model knows nothing, or that takes very long; warn of one that ends early."""
     fine, coarse = card.resolution_range
     end = 2 * volume.voxel_size
     shape = tuple(round(n * volume.voxel_size / card.pixel_size) for n in volume.shape)
-    known = f"{card.name} is made for maps resolved to {fine:g} to {coarse:g} A, at {card.pixel_size:g} A/pixel"
+    known = f"{card.name} is made for maps resolved to {fine:.3g} to {coarse:.3g} A, at {card.pixel_size:g} A/pixel"
     if end >= coarse and volume.voxel_size > 2 * card.pixel_size and not options.force:
         raise InputError(
             f"{path}: pixel size {volume.voxel_size:g} A, so nothing finer than {end:g} A is in it; {known}: expected "
@@ -453,10 +471,11 @@ def _tell(
 ) -> None:
     """Say by what the map was weighted, by how much it was changed, and to which resolution."""
     frequency = np.arange(max(given.shape) // 2 + 1) / (max(given.shape) * given.voxel_size)
-    weighted = "not weighted"
+    weighted, at = "not weighted", 0.0
+    if source.halves is not None:
+        at = nominal_resolution(frequency, np.asarray(source.halves, dtype=np.float64))
     if source.halves is not None and source.volume is not source.given:
         inside = "" if mask is None else " within the mask"
-        at = nominal_resolution(frequency, np.asarray(source.halves, dtype=np.float64))
         weighted = f"weighted by its FSC{inside} (between the halves 0.143 at {at:.2f} A)"
     elif options.request is not None:
         weighted = f"weighted by RELION, by the FSC of {name_of(options.request)}"
@@ -467,7 +486,11 @@ def _tell(
     after = shell_power(forward(difference, options.threads), given.shape)
     active = np.flatnonzero(after > _ACTIVE**2 * np.maximum(before, before.max() * 1e-9))
     active = active[active > 0]
-    reach = f"active to {1 / frequency[active[-1]]:.2f} A" if active.size else "active nowhere"
+    reach = "active nowhere"
+    if active.size:
+        end = float(1 / frequency[active[-1]])
+        alone = f", beyond {at:.2f} A on the prior's word alone" if end < at else ""
+        reach = f"active to {end:.2f} A{alone}"
     logger.info("%s: %s, changed by %.0f %%, %s", source.name, weighted, 100 * changed, reach)
 
 

@@ -159,7 +159,10 @@ def draw_schedule(path: str, schedule: Schedule, resolution: float | None = None
     if resolution is not None and not math.isinf(resolution):
         lam = schedule(resolution)
         axes.plot([resolution], [lam], "o")
-        axes.annotate(f"{resolution:.2f} Å: {lam:.3f}", (resolution, lam), xytext=(6, 6), textcoords="offset points")
+        # Away from the nearer edge: fine resolutions stand at the right.
+        side, place = (-6, "right") if resolution < grid.mean() else (6, "left")
+        text = f"{resolution:.2f} Å: {lam:.3f}"
+        axes.annotate(text, (resolution, lam), xytext=(side, 6), textcoords="offset points", ha=place)
     axes.set(xlabel="nominal resolution (Å)", ylabel="lambda", ylim=(-0.05, 1.15))
     axes.invert_xaxis()
     save_figure(figure, path)

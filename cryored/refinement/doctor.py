@@ -37,6 +37,7 @@ _OLDEST = (3, 1)
 _ROOM = 1.5  # times the arrays of one request that should be free on the disk
 _LOCAL = {"tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "ramfs"}  # of one machine
 _BOX = 16  # of the dry request
+_USUAL = "--model cwred --lambda auto --trust 1.0 --final map --no-extrapolate"  # what a watcher leaves without options
 
 State = Literal["ok", "warning", "error"]
 
@@ -145,22 +146,27 @@ def compute(setup: Setup) -> Iterator[Finding]:
 
 def memory(setup: Setup) -> Iterator[Finding]:
     """Tell whether there is memory for the box."""
-    box = setup.box if setup.box is not None else _box_of(setup.folder)
+    known_box, pixel_size = _run_of(setup.folder)
+    box = setup.box or known_box
     if box is None:
         yield Finding("memory", "warning", "the box is not known, so the memory that it takes is not", "give --box")
         return
     model = find_model(setup.model)
-    found = bounds(box, setup.pad, Denoiser(model), pixel_size=model.card.pixel_size, r_max=box // 2, requests=2)
-    needed, free = (found.memory + found.arrays) / 2**30, free_memory()
-    text = f"about {needed:.1f} GiB for both halves of box {box} at padding {setup.pad:g}"
+    used = pixel_size or model.card.pixel_size
+    found = bounds(box, setup.pad, Denoiser(model), pixel_size=used, r_max=box // 2, requests=2)
+    needed, free = found.memory + found.arrays, free_memory()
+    text = f"about {needed / 2**30:.1f} GiB for both halves of box {box} at padding {setup.pad:g}"
+    text += "" if free is None else f", {free / 2**30:.1f} GiB are free"
+    text += f"; at {used:g} A" + ("" if pixel_size else ", the model's: the run's pixel size is not known")
     if free is None:
         yield Finding("memory", "ok", text)
-        return
-    text += f", {free / 2**30:.1f} GiB are free"
-    if found.least > free:
+    elif found.least > free:
         yield Finding("memory", "error", text, "ask for more memory, or use padding 1")
     elif found.memory > free:
         yield Finding("memory", "warning", text, "the halves will be answered one by one, and slower; ask for more")
+    elif needed > free:
+        remedy = "RELION's arrays will be read from the disk more than once, which is slower; ask for more"
+        yield Finding("memory", "warning", text, remedy)
     else:
         yield Finding("memory", "ok", text)
 
@@ -315,7 +321,7 @@ def folder(setup: Setup) -> Iterator[Finding]:
         )
         return
     free = shutil.disk_usage(place).free / 2**30
-    box = setup.box if setup.box is not None else _box_of(place)
+    box = setup.box or _run_of(place)[0]
     needed = _ROOM * 2 * array_bytes(box or 256, setup.pad) / 2**30
     if free < needed:
         text = f"{place}: {free:.1f} GiB are free, an iteration of box {box or 256} leaves {needed / _ROOM:.1f} GiB"
@@ -334,18 +340,25 @@ def watcher(setup: Setup) -> Iterator[Finding]:
         return
     remedy = f"start one: cryored watch {setup.folder}"
     try:
-        state = Presence.look(setup.folder)
+        state, left = Presence.look(setup.folder), shlex.join(Presence.left_options(setup.folder))
     except OutputError as error:
         yield Finding("watcher", "error", str(error), f"remove {setup.folder / PRESENCE}")
         return
     if state is None:
         yield Finding("watcher", "ok", "none: each call loads the model by itself (some seconds)")
-    elif state == "serving":
+        return
+    if state == "serving":
         yield Finding("watcher", "ok", f"serves {setup.folder}")
-    elif state == "ended":
-        yield Finding("watcher", "ok", "has ended: the hook goes on by itself with its options")
+        return
+    own = left not in ("", _USUAL)
+    text = "has ended" if state == "ended" else f"has died and left {PRESENCE}"
+    if own:
+        text += f"; the hook goes on by itself with its options: {left}"
+        remedy += f"; to go on without these: rm {shlex.quote(str(setup.folder / PRESENCE))}"
+    if own or state == "died":
+        yield Finding("watcher", "warning", text, remedy)
     else:
-        yield Finding("watcher", "warning", f"has died and left {PRESENCE}", remedy)
+        yield Finding("watcher", "ok", f"{text}: the hook goes on by itself with its options, the usual ones")
 
 
 def cache(setup: Setup) -> Iterator[Finding]:
@@ -389,16 +402,16 @@ QUESTIONS: tuple[Callable[[Setup], Iterator[Finding]], ...] = (
 )
 
 
-def _box_of(place: Path | None) -> int | None:
-    """Return the box of a job's last model, where there is one."""
+def _run_of(place: Path | None) -> tuple[int | None, float | None]:
+    """Return box and pixel size in angstrom of a job's last model, None for what it does not tell."""
     if place is None:
-        return None
+        return None, None
     try:
-        path = read_job(place).fsc
-        size = None if path is None else read_star(path).find_text("model_general", "rlnOriginalImageSize")
+        job = read_job(place)
+        size = None if job.fsc is None else read_star(job.fsc).find_text("model_general", "rlnOriginalImageSize")
     except InputError:
-        return None
-    return int(size) if size and size.isdigit() else None
+        return None, None
+    return int(size) if size and size.isdigit() else None, job.pixel_size
 
 
 def _file_system(place: Path) -> str:

@@ -96,6 +96,35 @@ class Presence:
             return "ended"
         return "died" if _is_dead(found) else "serving"
 
+    @staticmethod
+    def left_options(run_dir: str | os.PathLike[str]) -> list[str]:
+        """Return the options, word by word, that a watcher has left for the hook; none where there was no watcher.
+
+        Raises
+        ------
+        OutputError
+            The file is none of a watcher's.
+        """
+        presence = Presence(run_dir, ())
+        if presence._found() is None:
+            return []
+        lines = os.fsdecode(presence.path.read_bytes()).split("\n")
+        return [line.removeprefix("option ") for line in lines if line.startswith("option ")]
+
+    def check_free(self) -> None:
+        """Refuse, before anything is loaded, a folder that is missing or has a watcher; the place is not taken yet.
+
+        Raises
+        ------
+        OutputError
+            As when the block begins.
+        """
+        if not self.path.parent.exists():
+            raise self._no_folder()
+        found = self._found()
+        if found is not None and not _has_ended(found):
+            self._is_left(found)
+
     def __enter__(self) -> Presence:
         """Take the place and begin to beat."""
         self._take()
@@ -136,9 +165,7 @@ class Presence:
         except OutputError:
             raise
         except FileNotFoundError as error:
-            raise OutputError(
-                f"{self.path.parent}: no such folder, expected the one that RELION writes the run to; create it first"
-            ) from error
+            raise self._no_folder() from error
         except OSError as error:
             raise OutputError(
                 f"{self.path}: cannot be made: {error.strerror or error}; "
@@ -148,25 +175,19 @@ class Presence:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
 
+    def _no_folder(self) -> OutputError:
+        return OutputError(
+            f"{self.path.parent}: no such folder, expected the one that RELION writes the run to; create it first"
+        )
+
     def _displace(self) -> None:
         """Remove the file of a watcher that has ended or died; refuse if it lives."""
         found = self._found()
         if found is None:
             return
         if not _has_ended(found):
-            if not _is_dead(found):
-                end = time.monotonic() + _PATIENCE
-                while time.monotonic() < end:
-                    time.sleep(_PATIENCE / 20)
-                    again = self._found()
-                    if again == found:
-                        continue
-                    if again is None or again["token"] != found["token"] or _has_ended(again):
-                        return  # to be judged anew
-                    raise OutputError(
-                        f"{self.path}: {_watcher(found)} serves this folder, and there can be one only; "
-                        "let it, or end it first"
-                    )
+            if not self._is_left(found):
+                return  # to be judged anew
             logger.info("%s: %s is dead, its place is taken", self.path, _watcher(found))
         aside = self.path.with_name(f".{PRESENCE}.{self.token}.aside")
         with suppress(FileNotFoundError):
@@ -177,6 +198,23 @@ class Presence:
                     with suppress(FileExistsError):
                         os.link(aside, self.path)
             aside.unlink()
+
+    def _is_left(self, found: dict[str, str]) -> bool:
+        """Tell whether a watcher that has not ended has died, False where another file came; refuse if it lives."""
+        if _is_dead(found):
+            return True
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            time.sleep(_PATIENCE / 20)
+            again = self._found()
+            if again == found:
+                continue
+            if again is None or again["token"] != found["token"] or _has_ended(again):
+                return False
+            raise OutputError(
+                f"{self.path}: {_watcher(found)} serves this folder, and there can be one only; let it, or end it first"
+            )
+        return True
 
     def _found(self) -> dict[str, str] | None:
         try:

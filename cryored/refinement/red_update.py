@@ -21,6 +21,7 @@ from cryored.files.output import check_outputs, check_target
 from cryored.files.requests import Request, Shells, is_joined, read_request_file
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
+from cryored.prior.lambda_schedule import Schedule
 from cryored.prior.models import check_weights, find_model
 from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.refinement.bounds import check_memory, expect
@@ -226,6 +227,38 @@ def _described(request: Request, updater: Updater) -> dict[str, Any]:
         "model": card.name,
         "model_sha256": card.sha256,
     }
+
+
+def beside(record: Mapping[str, Any]) -> str | None:
+    """Return the map with the prior of a log's line where RELION got the plain one, None elsewhere."""
+    found = record.get("with_prior")
+    return None if found is None or found == record.get("result") else str(found)
+
+
+def told_lambda(number: float | None, schedule: str | None) -> str:
+    """Return in words where lambda comes from: a number, or the source of a schedule."""
+    if schedule is None:
+        return f"{number:g}"
+    return f"by {schedule}" if schedule == Schedule().source else f"auto, schedule in {schedule}"
+
+
+def told_options(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return in words the options that a log's line tells of; one of an earlier version may lack some."""
+    schedule, limit = record.get("schedule"), record.get("prior_limit")
+    told = {
+        "Model": f"{record['model']} ({record['model_sha256'][:8]})",
+        "Lambda": told_lambda(record["lambda"], schedule),
+        "Weights": str(record["weights"]["rule"]),
+    }
+    if "trust" in record["weights"]:
+        told["Trust"] = f"{record['weights']['trust']:g}"
+    if "final" in record:
+        told["Last iteration"] = {"map": "plain MAP", "prior": "with the prior"}[record["final"]]
+    if "prior_limit" in record:
+        told["Prior limit"] = "none" if limit is None else f"{limit:g} Å"
+    if "extrapolate" in record:
+        told["Extrapolate"] = "yes" if record["extrapolate"] else "no"
+    return told
 
 
 def _rounded(values: Shells) -> list[float]:

@@ -50,7 +50,7 @@ class Report:
     path : path
     title : str
     facts : mapping of str to str
-        For the head of the page: folder, model and its checksum, where lambda comes from.
+        For the head of the page; what the answers tell of their options takes the place of these.
     live : bool
         The browser loads the page anew from time to time, until `close`.
     """
@@ -114,7 +114,7 @@ class Report:
             The file system refuses; the previous page stays.
         """
         title = escape(self._title)
-        facts = (self._facts | {"Updated": _now()}).items()
+        facts = (self._facts | self._options() | {"Updated": _now()}).items()
         again = f'<meta http-equiv="refresh" content="{_REFRESH}">\n' if self._live else ""
         head = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
         parts = (
@@ -139,6 +139,18 @@ class Report:
         self._live = False
         self._facts["State"] = state
         self.write()
+
+    def _options(self) -> dict[str, str]:
+        """Return the options in words, with the iteration from which on they are others, as after --continue."""
+        courses: dict[str, list[str]] = {}
+        latest: dict[str, str] = {}
+        for entry in self._entries:
+            for name, text in entry.options.items():
+                if latest.get(name) != text:
+                    since = f"from {entry.name if entry.iteration is None else f'iteration {entry.iteration}'} on: "
+                    courses.setdefault(name, []).append(since + text if name in latest else text)
+                    latest[name] = text
+        return {name: "; ".join(course) for name, course in courses.items()}
 
     def _failures(self) -> str:
         failed = [f"<li>{escape(entry.name)}: {escape(entry.error)}</li>" for entry in self._entries if entry.error]
@@ -246,7 +258,7 @@ class Report:
         rows = []
         for entry in self._entries:
             cells = (
-                entry.name,
+                f"{entry.name}{'*' if entry.plain else ''}",
                 resolution_text(entry.resolution),
                 "" if entry.error else f"{entry.lam:.3f}",
                 *(f"{entry.seconds[step]:.2f}" if step in entry.seconds else "" for step in steps),
@@ -257,12 +269,16 @@ class Report:
             look = ' class="failed"' if entry.error else ""
             rows.append(f"<tr{look}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
         head = "".join(f"<th>{name}</th>" for name in heads)
+        plain = [entry for entry in self._entries if entry.plain]
         return (
             "<h2>Requests</h2>\n<p>In the order of their answers; times in seconds. Change and power ratio (of the "
             "variances) are against the MAP map.</p>\n"
             f'<div class="wide"><table class="requests"><thead><tr>{head}</tr></thead>\n<tbody>'
             + "\n".join(rows)
             + "</tbody></table></div>"
+            + "".join(
+                f"\n<p>* {escape(entry.name)}: {escape(entry.plain)}, which the numbers are of.</p>" for entry in plain
+            )
         )
 
 
@@ -304,12 +320,9 @@ def report_folder(folder: str, output: str, *, overwrite: bool = False) -> int:
     answers = read_logs(Path(folder))
     if not answers:
         raise InputError(f"{folder}: no ..._cryored.log, expected the folder of a run in which cryored answered RELION")
-    last = answers[-1].record
     facts = {
         "Folder": folder,
-        "Model": f"{last['model']} ({last['model_sha256'][:8]})",
-        "Weights": str(last["weights"]["rule"]),
-        "Answered": f"{answers[0].record['time']} to {last['time']}",
+        "Answered": f"{answers[0].record['time']} to {answers[-1].record['time']}",
     }
     report = Report(output, f"cryored in {folder}", facts)
     add_logged(report, answers)

@@ -16,7 +16,7 @@ from cryored.errors import InputError
 from cryored.files.mrc import read_volume
 from cryored.files.requests import ENDING, parts_of, read_request
 from cryored.files.star import read_star
-from cryored.refinement.red_update import DENOISED
+from cryored.refinement.red_update import DENOISED, beside, told_options
 from cryored.refinement.watch_table import Entry
 
 logger = logging.getLogger(__name__)
@@ -107,4 +107,6 @@ def _entry(name: str, record: Any) -> Entry:
         str(record["device"]),
         estimated=estimated,
         power_ratio=float(record["power_ratio"]),
+        beside=Path(beside(record) or "").name,
+        options=told_options(record),
     )

@@ -6,7 +6,8 @@ import logging
 import math
 import re
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import rich.box
@@ -58,6 +59,11 @@ class Entry:
         The resolution is not by half-maps, which a class has not, but by tau2 and K.
     power_ratio : float
         Variance of the result over that of the MAP map.
+    beside : str
+        Name of the map with the prior, which lambda, change and power ratio are of, where RELION got plain MAP: in
+        its last iteration. Else empty.
+    options : mapping of str to str
+        What it was answered with, in words.
     """
 
     name: str
@@ -71,6 +77,13 @@ class Entry:
     error: str = ""
     estimated: bool = False
     power_ratio: float = 1.0
+    beside: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> str:
+        """Say of an answer that RELION got plain MAP, and where the map with the prior is; empty of others."""
+        return f"plain MAP (last iteration), with the prior: {self.beside}" if self.beside else ""
 
     @property
     def _is_class(self) -> bool:
@@ -157,7 +170,8 @@ class Table:
         failures = (f", {self._failures} failed", "red") if self._failures else ""
         yield Text.assemble(f"{self._served} served", failures, "; ", (self._state, "bold"), no_wrap=True)
         # Lines of more than the terminal's height could not be drawn over; the table takes five beside its rows.
-        room = console.height - len(self._titles) - 6 - 2 * len(self._failed)
+        plain = [entry for entry in self._latest if entry.plain]
+        room = console.height - len(self._titles) - 6 - 2 * (len(self._failed) + len(plain))
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=0)
         table.add_column("\niter", justify="right", no_wrap=True)
         table.add_column("\nmap", no_wrap=True)
@@ -168,6 +182,8 @@ class Table:
             cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in _cells(entry))
             table.add_row(*cells, style="red" if entry.error else None)
         yield table
+        for entry in plain:
+            yield Text(f"* {entry.plain}")
         for entry in self._failed:
             yield Text(f"{entry.name}: {entry.error}", style="red")
 
@@ -189,7 +205,7 @@ def _cells(entry: Entry) -> list[str]:
     seconds = add_steps(entry.seconds)
     return [
         "" if entry.iteration is None else str(entry.iteration),
-        entry.label,
+        f"{entry.label}{'*' if entry.plain else ''}",
         resolution_text(entry.resolution),
         "" if entry.error else f"{entry.lam:.3f}",
         *(f"{seconds[column]:.2f}" if column in seconds else "" for column in STEPS),
@@ -204,4 +220,5 @@ def _line(entry: Entry) -> str:
         resolution = "nothing resolved, " if resolution == "none" else f"resolution {resolution} A, "
     seconds = ", ".join(f"{column} {value:.2f}" for column, value in add_steps(entry.seconds).items())
     change = f"lambda {entry.lam:.3f}, change {100 * entry.change:.2f} %"
-    return f"{entry.name}: {resolution}{change}; {seconds} s; {entry.device}"
+    plain = f"{entry.plain}, " if entry.plain else ""
+    return f"{entry.name}: {plain}{resolution}{change}; {seconds} s; {entry.device}"

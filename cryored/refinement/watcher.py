@@ -23,7 +23,16 @@ from cryored.prior.weights import ShellWeights
 from cryored.reconstruction.sums import load_sums, with_fsc
 from cryored.refinement.bounds import check_memory, expect, expect_at_most
 from cryored.refinement.mailbox import Inbox, Presence
-from cryored.refinement.red_update import AS_ASKED, DENOISED, ROOT, Files, Outputs, plan_outputs
+from cryored.refinement.red_update import (
+    AS_ASKED,
+    DENOISED,
+    ROOT,
+    Files,
+    Outputs,
+    plan_outputs,
+    told_lambda,
+    told_options,
+)
 from cryored.refinement.report import Report, add_logged, check_report, run_state
 from cryored.refinement.run_logs import read_logs
 from cryored.refinement.updater import Answer, Maps, Updater, timed
@@ -220,6 +229,8 @@ class Server:
             line["device"],
             estimated=maps.request.estimated,
             power_ratio=answer.power_ratio,
+            beside=Path(case.outputs.beside or "").name,
+            options=told_options(line),
         )
         return entry, maps, answer
 
@@ -389,9 +400,14 @@ def watch_folder(
         The folder is missing or not writable, is served by another watcher, or has gone.
     """
     place, settings, card = Path(folder), updater.settings, updater.model.card
-    rule = f"{settings.lam:g}" if settings.lam is not None else updater.schedule.source
+    rule = told_lambda(settings.lam, updater.schedule.source if settings.lam is None else None)
     model = f"{card.name} ({card.sha256[:8]})"
-    pages = None
+    pages, end = None, RunEnd(place)
+    # Before the model is loaded, which takes long.
+    presence = Presence(place, options.hook_options)
+    presence.check_free()
+    if end.before is not None:
+        logger.info("%s: this run has ended (%s); waiting for a new one, or for --continue", folder, end.before)
     if options.report is not None:
         check_report(options.report, options.overwrite)
         facts = {"Folder": folder, "Model": model, "Lambda": rule, "Weights": updater.rule()}
@@ -402,7 +418,7 @@ def watch_folder(
         logger.info("%s: loading model %s ...", folder, model)
         updater.denoiser.load()
     titles = (f"cryored watch {folder}", f"model {model}", f"lambda {rule}; weights {updater.rule()}")
-    with Presence(place, options.hook_options) as presence, Table(*titles, console=console) as table:
+    with presence, Table(*titles, console=console) as table:
         server = Server(place, updater, files, show=_shown(updater, table, pages))
         inbox, looking = Inbox(place, presence.token), Poll(place) if options.poll else None
 
@@ -413,7 +429,7 @@ def watch_folder(
                     looking.leave(Path(order.star))
             return orders
 
-        end, told = RunEnd(place), False
+        told = False
         table.state("waiting")
         while not stop() and not (told and options.until_done):
             presence.check()
@@ -455,11 +471,9 @@ def _shown(updater: Updater, table: Table, pages: Report | None) -> Callable[[En
             pages.add(entry)
             return
         request = maps.request
-        shown = {
-            "unregularised": updater.unregularised(maps),
-            "denoised": maps.denoised,
-            "result": answer.result,
-        }
+        # As from the files afterwards: what RELION got, and in its last iteration the map with the prior beside that.
+        denoised, result = (answer.result, maps.regularised) if entry.beside else (maps.denoised, answer.result)
+        shown = {"unregularised": updater.unregularised(maps), "denoised": denoised, "result": result}
         sections = {name: volume.data[len(volume.data) // 2] for name, volume in shown.items() if volume is not None}
         weights = updater.shell_weights(request, maps.lam)
         known = ShellWeights(weights.precision[: request.r_max + 1], weights.gain[: request.r_max + 1])
@@ -481,6 +495,11 @@ class RunEnd:
         self._folder = folder
         self._looked = time.monotonic()
         self._before = self._mark()
+
+    @property
+    def before(self) -> str | None:
+        """Name of the file by which the run had ended when this was made."""
+        return None if self._before is None else self._before[0].name
 
     def has_come(self) -> bool:
         """Look, at most every two seconds; an end is told once, also where a continued run leaves its traces there."""

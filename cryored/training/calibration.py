@@ -292,11 +292,14 @@ def _draw_kind(row: Any, stored: dict[str, Any] | None, maps: Sequence[Moments],
     grid = np.linspace(0.0, 1.0, 21)
     place = np.digitize(fsc, grid) - 1
     rules = {"eq. 17, lambda 1": _published} | ({"weights": _weigh(stored)} if stored else {})
+    top = 1.1
     for name, weigh in rules.items():
         ratio = np.concatenate(
             [item.error(*weigh(item.fsc)) / item.error(item.fsc, np.zeros_like(item.fsc)) for item in maps]
         )
         means = [ratio[place == k].mean() if (place == k).any() else np.nan for k in range(20)]
+        top = float(np.nanmax([top, *np.multiply(1.05, means)]))
         right.plot((grid[1:] + grid[:-1]) / 2, means, "o-", markersize=3, label=name)
-    right.set(xlabel=title, ylabel="error power over MAP's", xlim=(0, 1), ylim=(0, 1.1))
+    right.axhline(1, color="0.6", linestyle="--", linewidth=0.9)
+    right.set(xlabel=title, ylabel="error power over MAP's", xlim=(0, 1), ylim=(0, top))
     right.legend(frameon=False)

@@ -346,8 +346,8 @@ def draw_judgements(path: str, judgements: Sequence[Judgement]) -> None:
     for axes, unchanged in ((left, 1), (right, 0)):
         axes.axhline(unchanged, color="0.6", linewidth=0.8, linestyle="--")
         axes.set(xlabel="nominal resolution (Å)")
-    left.set(ylabel="error over the Wiener map's")
-    left.set_ylim(bottom=0)
+    # From 0, and above the topmost dot by as much as of the whole height: the margin of the dots alone may be tiny.
+    left.set(ylabel="error over the Wiener map's", ylim=(0, 1.05 * left.dataLim.y1))
     right.set(ylabel="FSC-0.5 crossing, gain in frequency (%)")
     if groups[FIRST]:
         left.legend(frameon=False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -346,6 +346,8 @@ def fit_files(
         except InputError as error:
             stays = "as the card has it" if getattr(found.card, kind) else FALLBACK[kind]
             logger.warning("no %s: %s; the update stays %s", kind, error, stays)
+        else:
+            _tell(kind, fitted[kind])
     if write_to_card:
         changes: dict[str, Any] = {"schedule": schedule, **fitted}
         write_card(found.folder, dataclasses.replace(found.card, **changes))
@@ -354,3 +356,30 @@ def fit_files(
     if plot is not None:
         draw_weights(plot, fitted, measured)
     return stored
+
+
+def _tell(kind: str, fitted: Mapping[str, Any]) -> None:
+    """Log the error that fitted weights leave; warn where it speaks against the prior, or is flattering."""
+    error, structures = fitted["error"], fitted["structures"]
+    held_out = error.get("weights_held_out")
+    logger.info(
+        "%s: they leave %.3f of MAP's error%s, eq. 17 with lambda 1 leaves %.3f",
+        kind,
+        error["weights"],
+        "" if held_out is None else f" (held out {held_out:.3f})",
+        error["eq_17"],
+    )
+    if held_out is None:
+        logger.warning(
+            "%s: judged on %s alone, to which they were fitted; expected maps of two structures, to hold one out",
+            kind,
+            structures[0],
+        )
+    judged = error["weights"] if held_out is None else held_out
+    if judged >= 1:
+        logger.warning(
+            "%s: by these maps the prior is no help: with it the update leaves %.3f of MAP's error, expected less than "
+            "1; train it further before red-update uses it",
+            kind,
+            judged,
+        )
