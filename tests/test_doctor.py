@@ -145,6 +145,16 @@ def test_a_watcher_that_died_and_one_that_serves():
     assert (finding.state, finding.remedy) == ("warning", "start one: cryored watch run")
 
 
+def test_options_in_the_environment_are_told(monkeypatch):
+    for name in doctor._COUNTING:
+        assert f" {name}" in HOOK.read_text().split("for name in", 1)[1].split("; do", 1)[0].replace(";", " ")
+    monkeypatch.setenv("CRYORED_RED_UPDATE_TRUST", "0.5")
+    monkeypatch.setenv("CRYORED_RED_UPDATE_THREADS", "1")
+    with Presence("run", ()):
+        finding = only(doctor.watcher, folder=Path("run"))
+    assert (finding.state, finding.remedy.split(",")[0]) == ("warning", "unset CRYORED_RED_UPDATE_TRUST")
+
+
 def test_what_a_watcher_left_is_told():
     def left(*words):
         given = watch.make_context("watch", ["run", *words])

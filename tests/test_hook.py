@@ -284,14 +284,20 @@ def test_options_of_the_hook_count(shell):
 
 def test_options_in_the_environment_count(shell):
     with watcher(lambda handed: handed.done()) as answered:
-        assert hook(STAR, shell=shell, CRYORED_RED_UPDATE_LAMBDA="", CRYORED_RED_UPDATER="1") == (0, "")
+        assert hook(STAR, shell=shell, CRYORED_RED_UPDATE_LAMBDA="", CRYORED_RED_UPDATE_THREADS="1") == (0, "")
         code, err = hook(STAR, shell=shell, CRYORED_RED_UPDATE_TRUST="0.5", CRYORED_RED_UPDATE_MODEL="a b")
     assert code == 7
     assert err == (
         "cryored: options given to the hook count (CRYORED_RED_UPDATE_MODEL CRYORED_RED_UPDATE_TRUST), so the watcher "
         f"on {HOST} (pid {os.getpid()}) is not asked\n"
     )
-    assert hook(STAR, shell=shell, CRYORED_RED_UPDATE_TRUST="0.5") == (7, "")  # one that has ended has no say either
+    # One that has ended has no say either.
+    code, err = hook(STAR, shell=shell, CRYORED_RED_UPDATE_TRUST="0.5")
+    assert code == 7
+    assert err == (
+        "cryored: options given to the hook count (CRYORED_RED_UPDATE_TRUST), and those of the watcher that has ended "
+        "do not\n"
+    )
     assert called() == ["red-update", STAR] * 2
     assert len(answered) == 1
 

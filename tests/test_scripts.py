@@ -21,7 +21,7 @@ def script(path, text):
 @pytest.fixture
 def checkout(tmp_path):
     """Return a folder with the scripts, and a RELION on the PATH."""
-    for name in ("quickstart", "set-up-environment"):
+    for name in ("quickstart", "set-up-environment", "cryored-external-reconstruct"):
         (tmp_path / "bin").mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / "bin" / name, tmp_path / "bin" / name)
     (tmp_path / "pyproject.toml").touch()

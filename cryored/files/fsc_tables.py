@@ -70,9 +70,13 @@ def parse_fsc_table(content: bytes, name: str) -> FscCurve:
     return _checked(*parse(text, name), name)
 
 
+def _cells(line: str) -> list[str]:
+    """Split a line at its tabs, or at blanks where these have taken their place."""
+    return [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+
+
 def _parse_tsv(text: str, name: str) -> tuple[Curve, Curve]:
-    between = "\t" if "\t" in text else None  # tabs may have become blanks
-    header, *rows = [line.split(between) for line in text.splitlines() if line.strip()]
+    header, *rows = [_cells(line) for line in text.splitlines() if line.strip()]
     label = "fsc_corrected" if "fsc_corrected" in header else "fsc"
     if "frequency" not in header or label not in header:
         raise InputError(f"{name}: begins with '{' '.join(header)[:60]}', {_EXPECTED}")

@@ -70,6 +70,8 @@ class Job:
         return self.fsc
 
     def _reason(self) -> str:
+        if self.iteration is None and self.fsc is not None:
+            return f"which {self.fsc.name} names, but not in a folder above; give the half-maps themselves, and --mask"
         if self.iteration is None:
             return "expected the folder of an auto-refine or PostProcess job, such as Refine3D/job012"
         if self.end is None:

@@ -26,7 +26,10 @@ def is_stdout(path: str | os.PathLike[str]) -> bool:
     if is_stream(path):
         return True
     try:
-        return sys.stdout is not None and os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+        place = os.stat(path)
+        if sys.stdout is None or os.path.samestat(place, os.stat(os.devnull)):
+            return False
+        return os.path.samestat(place, os.fstat(sys.stdout.fileno()))
     except OSError:  # no such file yet, or a standard output that is none of the system's
         return False
 
@@ -181,9 +184,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
-    except (OutputError, BrokenPipeError):
+    except OutputError:
         raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and is_stdout(target):
+            raise  # the reader has what it wants
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 

@@ -37,6 +37,10 @@ _OLDEST = (3, 1)
 _ROOM = 1.5  # times the arrays of one request that should be free on the disk
 _LOCAL = {"tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "ramfs"}  # of one machine
 _BOX = 16  # of the dry request
+# What the hook takes for options of its own from the environment (bin/cryored-external-reconstruct).
+_COUNTING = (
+    "ANGPIX CLEAN DENOISED EXTRAPOLATE FINAL LAMBDA MODEL OUTPUT PRIOR_LIMIT SCHEDULE TRUST UNREGULARISED".split()
+)
 _USUAL = "--model cwred --lambda auto --trust 1.0 --final map --no-extrapolate"  # what a watcher leaves without options
 
 State = Literal["ok", "warning", "error"]
@@ -346,6 +350,11 @@ def watcher(setup: Setup) -> Iterator[Finding]:
         return
     if state is None:
         yield Finding("watcher", "ok", "none: each call loads the model by itself (some seconds)")
+        return
+    counting = [name for name in (f"CRYORED_RED_UPDATE_{one}" for one in _COUNTING) if os.environ.get(name)]
+    if counting:
+        text = f"{', '.join(counting)} set: the hook goes by that, and asks no watcher of {setup.folder}"
+        yield Finding("watcher", "warning", text, f"unset {' '.join(counting)}, and give the watcher its options")
         return
     if state == "serving":
         yield Finding("watcher", "ok", f"serves {setup.folder}")

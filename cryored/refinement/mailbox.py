@@ -119,7 +119,7 @@ class Presence:
         OutputError
             As when the block begins.
         """
-        if not self.path.parent.exists():
+        if not self.path.parent.is_dir():
             raise self._no_folder()
         found = self._found()
         if found is not None and not _has_ended(found):

@@ -250,9 +250,9 @@ def told_options(record: Mapping[str, Any]) -> dict[str, str]:
         "Lambda": told_lambda(record["lambda"], schedule),
         "Weights": str(record["weights"]["rule"]),
     }
-    if "trust" in record["weights"]:
+    if "trust" in record["weights"] and str(record["weights"]["rule"]).startswith("calibrated"):
         told["Trust"] = f"{record['weights']['trust']:g}"
-    if "final" in record:
+    if "final" in record and not str(record.get("fsc", "")).startswith("estimated"):  # classes are never joined
         told["Last iteration"] = {"map": "plain MAP", "prior": "with the prior"}[record["final"]]
     if "prior_limit" in record:
         told["Prior limit"] = "none" if limit is None else f"{limit:g} Å"

@@ -170,7 +170,7 @@ class Table:
         failures = (f", {self._failures} failed", "red") if self._failures else ""
         yield Text.assemble(f"{self._served} served", failures, "; ", (self._state, "bold"), no_wrap=True)
         # Lines of more than the terminal's height could not be drawn over; the table takes five beside its rows.
-        plain = [entry for entry in self._latest if entry.plain]
+        plain = [entry for entry in self._latest if entry.plain][-_REASONS:]
         room = console.height - len(self._titles) - 6 - 2 * (len(self._failed) + len(plain))
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=0)
         table.add_column("\niter", justify="right", no_wrap=True)
