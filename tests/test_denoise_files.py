@@ -20,6 +20,7 @@ from cryored.cli import cli
 from cryored.files.mrc import read_volume, write_volume
 from cryored.maps.fourier import apply_shells, forward, low_pass, spatial_frequency
 from cryored.maps.fsc import masked_correlation, nominal_resolution, shell_correlation
+from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume, soft_sphere
 from cryored.prior.denoise_files import DenoiseOptions, denoise_file
 from cryored.prior.denoiser import Denoiser
@@ -79,14 +80,39 @@ def test_both_halves_give_their_average_weighted_for_the_whole(masked):
     first, second, mask = of(HALVES[0]), of(HALVES[1]), of(PKA / "mask.mrc")
     fsc = shell_correlation(first, second)
     if masked:
-        fsc = masked_correlation(first, second, mask, rng=np.random.default_rng(0)).corrected
+        levelled = (data - np.float32(solvent_level(data)) for data in (first, second))
+        fsc = masked_correlation(*levelled, mask, rng=np.random.default_rng(0)).corrected
     fsc = np.clip(fsc, 0, 1)
-    expected = apply_shells((first + second) / 2, 2 * fsc / (1 + fsc)) * (mask if masked else 1)
+    expected = apply_shells((first + second) / 2, 2 * fsc / (1 + fsc))
+    if masked:
+        expected = (expected - np.float32(solvent_level(expected))) * mask
     np.testing.assert_allclose(of("out.mrc"), expected, atol=1e-6 * np.abs(expected).max())
     inside = " within the mask" if masked else ""
     told = rf"weighted by its FSC{inside} \(between the halves 0.143 at ([\d.]+) A\), changed by 0 %, active nowhere"
     found = float(re.search(told, done.stderr).group(1))
     assert found == pytest.approx(nominal_resolution(np.arange(33) / 96, fsc), abs=0.01)
+
+
+def test_within_a_mask_the_level_of_the_solvent_has_no_say(caplog):
+    found = {}
+    for name, offset in (("as it is", 0), ("lifted", 30)):
+        for half, path in zip("12", HALVES, strict=True):
+            volume = read_volume(path)
+            lifted = volume.data + np.float32(offset * volume.data.std())
+            write_volume(f"half{half}.mrc", volume.with_data(lifted), label="test")
+        words = ["half1.mrc", "--half2", "half2.mrc", "--mask", PKA / "mask.mrc", "-o", "out.mrc", "--overwrite"]
+        done = denoise(*words)
+        assert done.exit_code == 0, done.output
+        found[name] = of("out.mrc"), re.sub(r"half\d.mrc", "", done.stderr.splitlines()[-1])
+        done = CliRunner().invoke(cli, ["mask", "half1.mrc", "-o", "mask.mrc", "--overwrite"])
+        assert done.exit_code == 0, done.output
+        found[name] += (of("mask.mrc"),)
+        fsc = CliRunner().invoke(cli, ["fsc", "half1.mrc", "half2.mrc", "--mask", str(PKA / "mask.mrc")])
+        assert ("times the map's standard deviation, expected 0" in fsc.stderr) == (offset > 0)
+    plain, lifted = found.values()
+    assert np.linalg.norm(lifted[0] - plain[0]) < 1e-4 * np.linalg.norm(plain[0])
+    assert lifted[1] == plain[1]
+    assert np.mean(lifted[2] != plain[2]) < 1e-3
 
 
 def test_the_mask_takes_part_in_the_fsc_of_a_half():

@@ -25,10 +25,13 @@ from cryored.maps.fsc import (
     shift_between,
 )
 from cryored.maps.mask import AUTO, relion_mask
+from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume
 from cryored.prior.models import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
+
+_LEVEL = 0.5  # of the solvent over the standard deviation, from which on it changes an FSC within a mask
 
 # Labels of `denoise` and `red-update`; with lambda 0, and of the unregularised map, no network had a say.
 _BY_NETWORK = re.compile(r"cryored \S+ ((?:denoise|red-update(?! lambda 0 \(MAP\)$| unregularised$)) .*)")
@@ -129,6 +132,9 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
             threads=options.threads,
         )
     _warn_of_doubtful(names, first, second)
+    if mask is not None:
+        for name, volume in zip(names, (first, second), strict=True):
+            _warn_of_level(name, volume)
     mask_name = None if options.mask is None else name_of(options.mask)
     return FscResult(names, mask_name, max(first.shape), voxel_size, unmasked, masked, substituted)
 
@@ -147,6 +153,19 @@ def fsc_job(folder: AnyPath, options: FscOptions = FscOptions()) -> FscResult:
     angpix = job.pixel_size if options.angpix is None else options.angpix
     logger.info("%s and %s, %s", *halves, "no mask" if mask is None else f"mask {mask}")
     return fsc_files(*halves, replace(options, mask=mask, angpix=angpix))
+
+
+def _warn_of_level(name: str, volume: Volume) -> None:
+    """Warn of solvent that is not at 0: within a mask it is signal that both maps share."""
+    level, deviation = solvent_level(volume.data), float(volume.data.std())
+    if abs(level) > _LEVEL * deviation:
+        logger.warning(
+            "%s: solvent at %.3g, %.1f times the map's standard deviation, expected 0 for an FSC within a mask: "
+            "subtract it",
+            name,
+            level,
+            abs(level) / deviation,
+        )
 
 
 def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:
@@ -211,14 +230,16 @@ def log_summary(result: FscResult, threshold: float = 0.143) -> None:
 
 
 def _log_invented(test: SubstitutedFsc, frequency: Curve) -> None:
-    beyond = test.denoised_substituted[test.start :]
+    # Not the last shell: Nyquist's planes hold what the network's strides leave there.
+    tail = slice(test.start, max(len(frequency) - 1, test.start + 1))
+    beyond = test.denoised_substituted[tail]
     logger.info(
         "beyond %.2f A: mean FSC %.3f denoised; with noise for signal %.3f denoised (invented; at most %.3f, at "
         "%.2f A), %.3f not denoised",
         1 / frequency[test.start],
-        test.denoised[test.start :].mean(),
+        test.denoised[tail].mean(),
         beyond.mean(),
         beyond.max(),
         1 / frequency[test.start + beyond.argmax()],
-        test.substituted[test.start :].mean(),
+        test.substituted[tail].mean(),
     )

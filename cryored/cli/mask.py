@@ -14,7 +14,8 @@ from cryored.cli import options
     "--threshold",
     type=options.Number(),
     metavar="DENSITY",
-    help="Of the filtered map, from which on a voxel is inside.  [default: a fifth of its peak]",
+    help="Of the filtered map, from which on a voxel is inside.  [default: a fifth of the way from the solvent to its "
+    "peak]",
 )
 @click.option(
     "--lowpass",

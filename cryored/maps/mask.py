@@ -7,6 +7,7 @@ from scipy.ndimage import distance_transform_edt, label
 
 from cryored.errors import InputError
 from cryored.maps.fourier import forward, inverse, low_pass, spatial_frequency
+from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume, raised_cosine
 
 
@@ -79,7 +80,8 @@ def relion_mask(
     ----------
     volume : Volume
     threshold : float, optional
-        Density of the filtered map from which on a voxel is inside; by default a fifth of its peak.
+        Density of the filtered map from which on a voxel is inside; by default a fifth of the way from the solvent
+        (mean over the box's faces) to its peak.
     resolution : float, optional
         Of the low-pass filter, in angstrom; None leaves the map as it is.
     extend, edge : float
@@ -101,7 +103,8 @@ def relion_mask(
         shell = np.floor(box * volume.voxel_size / resolution + 0.5)
         data = inverse(forward(data) * raised_cosine((radius - shell) / _FILTER_EDGE + 0.5), volume.shape)
     if threshold is None:
-        threshold = _AUTOMATIC * float(data.max())
+        level = solvent_level(data)
+        threshold = level + _AUTOMATIC * (float(data.max()) - level)
     inside = data >= threshold
     if not inside.any() or inside.all():
         raise InputError(

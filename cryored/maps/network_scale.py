@@ -23,6 +23,12 @@ class Standard:
         return ((data - np.float32(self.level)) / np.float32(self.deviation)).astype(np.float32, copy=False)
 
 
+def solvent_level(data: Floats) -> float:
+    """Return the mean over the faces of a map's box."""
+    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
+    return float(np.mean([face.mean(dtype=np.float64) for face in faces]))
+
+
 def standard_of(data: Floats, voxel_size: float) -> Standard:
     """Return solvent level and standard deviation, normalised to a reference volume V = (144 A)**3.
 
@@ -47,8 +53,7 @@ def standard_of(data: Floats, voxel_size: float) -> Standard:
     Standard
         Deviation 0 for a constant map.
     """
-    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
-    level = float(np.mean([face.mean(dtype=np.float64) for face in faces]))
+    level = solvent_level(data)
     total = float(np.square(data - np.float32(level)).sum(dtype=np.float64))
     # The rounding errors of a constant map must not pass for contrast.
     if total <= data.size * (1e-6 * abs(level)) ** 2:

@@ -30,6 +30,7 @@ from cryored.maps.fsc import (
     whole_set_fsc,
 )
 from cryored.maps.mask import AUTO, relion_mask
+from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume
 from cryored.prior.budget import ENGINE, network_memory, network_seconds
 from cryored.prior.denoiser import CPU_TILE, Denoiser, Progress, silent, tile_voxels
@@ -384,7 +385,9 @@ def _half_fsc(
     if mask is None:
         fsc = shell_correlation(first.data, second.data, threads=options.threads)
     else:
-        correlate = partial(masked_correlation, first.data, second.data, mask, threads=options.threads)
+        # Within a mask a level of the solvent would be signal that both share.
+        data1, data2 = (volume.data - np.float32(solvent_level(volume.data)) for volume in (first, second))
+        correlate = partial(masked_correlation, data1, data2, mask, threads=options.threads)
         try:
             fsc = correlate(rng=np.random.default_rng(0)).corrected
         except NothingToRandomiseError:
@@ -416,7 +419,9 @@ def _denoise(
     else:
         found = [*denoiser.with_uncertainty(source.volume, source.fsc)]
     kept = None
-    given, *results = (finish(volume) for volume in (source.volume, *found))
+    level = solvent_level(source.volume.data)
+    given = finish(source.volume, level)
+    results = [finish(found[0], level), *(finish(sigma, 0.0) for sigma in found[1:])]
     if denoiser.device_name:
         logger.info("denoised with %s on %s", model.card.name, denoiser.device_name)
         _tell(source, given, results[0], mask, options)
@@ -443,8 +448,8 @@ def _denoise(
 
 def _finisher(
     source: _Source, mask: npt.NDArray[np.float32] | None, options: DenoiseOptions
-) -> Callable[[Volume], Volume]:
-    """Return what is done with every map that is written: sharpened again, sharpened more, masked."""
+) -> Callable[[Volume, float], Volume]:
+    """Return what is done with every map that is written, of a solvent level: sharpened (again), masked."""
     wanted = options.bfactor or 0.0
     if wanted == "auto":
         if source.fsc is None:
@@ -453,11 +458,11 @@ def _finisher(
         logger.info("%s: sharpened by a B factor of %.1f A^2, by the Guinier plot from 10 A on", source.name, wanted)
     bfactor = source.sharpening - wanted
 
-    def finish(volume: Volume) -> Volume:
+    def finish(volume: Volume, level: float) -> Volume:
         data = volume.data
         if bfactor:
             data = sharpened(data, volume.voxel_size, bfactor, options.threads)
-        return volume.with_data(data if mask is None else data * mask)
+        return volume.with_data(data if mask is None else (data - np.float32(level)) * mask)
 
     return finish
 
@@ -480,11 +485,11 @@ def _tell(
     elif options.request is not None:
         weighted = f"weighted by RELION, by the FSC of {name_of(options.request)}"
     difference = result.data - given.data
-    norm = float(np.linalg.norm(given.data))
+    norm = float(np.linalg.norm(given.data - np.float32(solvent_level(given.data))))
     changed = float(np.linalg.norm(difference)) / norm if norm else 0.0
     before = shell_power(forward(given.data, options.threads), given.shape)
     after = shell_power(forward(difference, options.threads), given.shape)
-    active = np.flatnonzero(after > _ACTIVE**2 * np.maximum(before, before.max() * 1e-9))
+    active = np.flatnonzero(after > _ACTIVE**2 * np.maximum(before, before[1:].max() * 1e-9))
     active = active[active > 0]
     reach = "active nowhere"
     if active.size:

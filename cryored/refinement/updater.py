@@ -44,7 +44,8 @@ class Settings:
     extrapolate : bool
         Let the prior fill what the data do not reach (see `Denoised`).
     prior_limit : float, optional
-        Resolution in angstrom beyond which the prior has no weight, so that what is seen there owes it nothing.
+        Resolution in angstrom beyond which the prior has no weight, so that what is seen there owes it nothing but
+        what RELION's mask smears over the shells.
     threads : int, optional
     """
 
