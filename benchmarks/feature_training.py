@@ -153,7 +153,10 @@ def main(
         folder = output / "".join(letter if letter.isalnum() else "_" for letter in name)
         if (folder / "card.json").exists():
             return models.find_model(str(folder))
-        return train(name, samples_of(structures, name, plan_of(name), maps), plan_of(name), steps, folder)
+        samples = samples_of(structures, name, plan_of(name), maps)
+        if not samples:
+            raise click.ClickException(f"{name}: no half-map to train on is better than {LARGEST:g} A")
+        return train(name, samples, plan_of(name), steps, folder)
 
     first, ideal = trained(NONE), held_with(NONE)
     click.echo("| trained on | inside, without / with | update | alone | maps without it: inside | update | alone |")

@@ -44,6 +44,7 @@ def test_drawn_features_are_the_molecules_own():
 @pytest.mark.slow  # two networks
 def test_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_training, "PARTICLES", 250)
+    monkeypatch.setattr(feature_training, "SNR", (0.5, 1.0))
     words = f"{STRUCTURE} --validation {STRUCTURE} --validation {STRUCTURE} -o {tmp_path} --box 32 --angpix 4 --snr 1"
     words += " --crop 16 --steps 2 --width 1 --maps 2 --judged 6"
     shown = CliRunner().invoke(feature_training.main, [*words.split(), "--case", "a micelle's belt"])
