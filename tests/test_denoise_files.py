@@ -115,6 +115,29 @@ def test_within_a_mask_the_level_of_the_solvent_has_no_say(caplog):
     assert np.mean(lifted[2] != plain[2]) < 1e-3
 
 
+def test_a_molecule_that_crosses_the_faces_is_not_taken_for_solvent(truth):
+    z = np.abs(np.arange(64) - 32)[:, None, None]
+    slab = gaussian_filter(np.broadcast_to((z < 12).astype(np.float32), (64, 64, 64)), 2)
+    write_volume("slab.mrc", truth.with_data(slab), label="test")
+    assert solvent_level(slab) == pytest.approx(0, abs=0.02)
+    ball = soft_sphere((64, 64, 64), 20, 4)
+    for name, data in (("ball", ball), ("ones", np.ones_like(slab))):
+        write_volume("m.mrc", truth.with_data(data), label="test")
+        done = denoise("slab.mrc", "--mask", "m.mrc", "-o", f"{name}.mrc", "--overwrite")
+        assert done.exit_code == 0, done.output
+    np.testing.assert_allclose(of("ones.mrc"), slab, atol=1e-5)
+    np.testing.assert_allclose(of("ball.mrc"), slab * ball, atol=0.02)
+    done = CliRunner().invoke(cli, ["mask", "slab.mrc", "-o", "mask.mrc"])
+    assert float(re.search(r"threshold (\S+),", done.stderr).group(1)) == pytest.approx(slab.max() / 5, abs=0.05)
+
+
+def test_an_inverted_map_has_no_automatic_mask(truth):
+    write_volume("dark.mrc", truth.with_data(100 - truth.data), label="test")
+    done = CliRunner().invoke(cli, ["mask", "dark.mrc", "-o", "mask.mrc"])
+    assert done.exit_code == 1
+    assert "expected bright density; is it inverted?" in done.stderr
+
+
 def test_the_mask_takes_part_in_the_fsc_of_a_half():
     found = {}
     for name, words in (("whole", []), ("inside", ["--mask", PKA / "mask.mrc"])):

@@ -24,6 +24,8 @@ class Job:
     folder : Path
     halves : (Path, Path) or None
         The unfiltered half-maps: of a converged auto-refine, and those that a PostProcess job was made from.
+    names_halves : bool
+        Its STAR file names half-maps, whether they were found or not.
     map : Path or None
         The final map, or that of the last iteration.
     mask_file : Path or None
@@ -40,6 +42,7 @@ class Job:
 
     folder: Path
     halves: tuple[Path, Path] | None = None
+    names_halves: bool = False
     map: Path | None = None
     mask_file: Path | None = None
     pixel_size: float | None = None
@@ -70,8 +73,8 @@ class Job:
         return self.fsc
 
     def _reason(self) -> str:
-        if self.iteration is None and self.fsc is not None:
-            return f"which {self.fsc.name} names, but not in a folder above; give the half-maps themselves, and --mask"
+        if self.names_halves:
+            return "which it names, but not in a folder above; give the half-maps themselves, and --mask"
         if self.iteration is None:
             return "expected the folder of an auto-refine or PostProcess job, such as Refine3D/job012"
         if self.end is None:
@@ -151,6 +154,7 @@ def _postprocess(folder: Path) -> Job | None:
     return Job(
         folder,
         halves=(halves[0], halves[1]) if halves[0] and halves[1] else None,
+        names_halves=None not in names,
         map=_first(folder / "postprocess.mrc"),
         mask_file=(_beside(folder, mask) if handed_on else None) or _mask_file(folder, mask),
         pixel_size=_number(_option(folder, "angpix")),

@@ -81,7 +81,7 @@ def relion_mask(
     volume : Volume
     threshold : float, optional
         Density of the filtered map from which on a voxel is inside; by default a fifth of the way from the solvent
-        (mean over the box's faces) to its peak.
+        (median over the box's faces) to its peak.
     resolution : float, optional
         Of the low-pass filter, in angstrom; None leaves the map as it is.
     extend, edge : float
@@ -104,6 +104,11 @@ def relion_mask(
         data = inverse(forward(data) * raised_cosine((radius - shell) / _FILTER_EDGE + 0.5), volume.shape)
     if threshold is None:
         level = solvent_level(data)
+        if level - float(data.min()) > float(data.max()) - level:
+            raise InputError(
+                f"the filtered map goes from {data.min():g} to {data.max():g} about a solvent of {level:g}, expected "
+                "bright density; is it inverted? If not, give a threshold"
+            )
         threshold = level + _AUTOMATIC * (float(data.max()) - level)
     inside = data >= threshold
     if not inside.any() or inside.all():

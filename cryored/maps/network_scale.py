@@ -24,9 +24,8 @@ class Standard:
 
 
 def solvent_level(data: Floats) -> float:
-    """Return the mean over the faces of a map's box."""
-    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
-    return float(np.mean([face.mean(dtype=np.float64) for face in faces]))
+    """Return the median over the faces of a map's box: the solvent's, also where a filament or a slab crosses some."""
+    return float(np.median(np.concatenate([face.ravel() for face in _faces(data)])))
 
 
 def standard_of(data: Floats, voxel_size: float) -> Standard:
@@ -53,9 +52,13 @@ def standard_of(data: Floats, voxel_size: float) -> Standard:
     Standard
         Deviation 0 for a constant map.
     """
-    level = solvent_level(data)
+    level = float(np.mean([face.mean(dtype=np.float64) for face in _faces(data)]))
     total = float(np.square(data - np.float32(level)).sum(dtype=np.float64))
     # The rounding errors of a constant map must not pass for contrast.
     if total <= data.size * (1e-6 * abs(level)) ** 2:
         return Standard(level, 0.0)
     return Standard(level, float(np.sqrt(total * voxel_size**3 / REFERENCE_VOLUME)))
+
+
+def _faces(data: Floats) -> list[Floats]:
+    return [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]

@@ -419,7 +419,8 @@ def _denoise(
     else:
         found = [*denoiser.with_uncertainty(source.volume, source.fsc)]
     kept = None
-    level = solvent_level(source.volume.data)
+    # A mask without any 0 leaves the solvent in.
+    level = 0.0 if mask is None or mask.min() > 0 else solvent_level(source.volume.data)
     given = finish(source.volume, level)
     results = [finish(found[0], level), *(finish(sigma, 0.0) for sigma in found[1:])]
     if denoiser.device_name:

@@ -39,7 +39,7 @@ _LOCAL = {"tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "ramfs"}  
 _BOX = 16  # of the dry request
 # What the hook takes for options of its own from the environment (bin/cryored-external-reconstruct).
 _COUNTING = (
-    "ANGPIX CLEAN DENOISED EXTRAPOLATE FINAL LAMBDA MODEL OUTPUT PRIOR_LIMIT SCHEDULE TRUST UNREGULARISED".split()
+    "ANGPIX CHECK CLEAN DENOISED EXTRAPOLATE FINAL LAMBDA MODEL OUTPUT PRIOR_LIMIT SCHEDULE TRUST UNREGULARISED".split()
 )
 _USUAL = "--model cwred --lambda auto --trust 1.0 --final map --no-extrapolate"  # what a watcher leaves without options
 
