@@ -26,8 +26,8 @@ from paper.work import Experiment
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.star import read_star, write_star
-from cryored.maps.fourier import apply_shells
-from cryored.maps.fsc import SubstitutedFsc
+from cryored.maps.fourier import apply_shells, low_pass
+from cryored.maps.fsc import SubstitutedFsc, shell_correlation
 from cryored.reconstruction.projection import euler_angles, perturb, rotation_matrices
 from cryored.refinement import relion_runs
 from cryored.refinement.relion_runs import LOCAL_SEARCH, RefinementError
@@ -430,7 +430,24 @@ def test_what_the_network_makes_of_substituted_noise_is_recorded(experiment, mon
     assert record["start"] == 12  # 24 voxels of 4 A over 8 A
     assert [curve.index(1) for curve in record["curves"].values()] == [0, 2, 1]
     text = results.report({(cell, "substituted"): record}, "c")
-    assert "**Noise substitution**, 4m82:ii: mean FSC of the half-maps from 8.0 Å on" in text
+    assert "**Noise substitution**, 4m82:ii: mean FSC of the half-maps from 8.0 Å on:" in text
+
+
+def test_noise_can_begin_at_the_resolution_of_the_cell(experiment, monkeypatch):
+    first, second = np.random.default_rng(1).standard_normal((2, 24, 24, 24), dtype=np.float32)
+    common = low_pass(first, 4.0, 16.0)  # shells up to 6
+    monkeypatch.setattr(work, "half_maps", lambda data, name: [common + 0.02 * half for half in (first, second)])
+    monkeypatch.setattr(work, "soft_mask", lambda truth: truth.with_data(np.ones((24, 24, 24), dtype=np.float32)))
+    monkeypatch.setattr(work, "_final_map", lambda place, name: place)
+    monkeypatch.setattr(work, "substituted_volumes", lambda *args, **options: SubstitutedFsc(args[3], *np.eye(3, 13)))
+    cell = Cell("4m82", "ii")
+    record = work.do_run(experiment, cell, "substituted-143")
+    halves = work.half_maps(None, "")
+    curve = shell_correlation(*halves)
+    assert curve[record["start"] - 1] >= 0.143 > curve[record["start"]]
+    text = results.report({(cell, "substituted-143"): record}, "c")
+    limit = 24 * 4.0 / record["start"]
+    assert f"4m82:ii: mean FSC of the half-maps from {limit:.1f} Å on, but for 3 shells: " in text
 
 
 def records(experiment):

@@ -85,6 +85,9 @@ class Run:
         With a solvent mask that is made from the final map of ``map``, and the FSC corrected for it.
     oracle : bool
         The truth stands in for the denoised map (benchmarks/oracle.py).
+    limit : float, optional
+        Noise stands for the signal beyond the resolution at which the masked half-map FSC falls below this, not from
+        8 A on.
     cells : tuple of Cell, optional
         Where it is done; by default in all cells with signal.
     """
@@ -94,6 +97,7 @@ class Run:
     options: tuple[str, ...] = ()
     masked: bool = False
     oracle: bool = False
+    limit: float | None = None
     cells: tuple[Cell, ...] | None = None
 
     @property
@@ -142,6 +146,7 @@ RUNS = {
     "cwred-forced": Run(model="cwred", options=("--lambda", "1"), cells=NOISES),
     "swapped": Run("swapped", model="cwred", options=("--lambda", "auto"), cells=SWAPPED[1:]),
     "substituted": Run("substituted", model="cwred"),
+    "substituted-143": Run("substituted", model="cwred", limit=0.143),
 }
 
 NOISE_RUNS = tuple(name for name, run in RUNS.items() if run.model and run.belongs_to(NOISES[0]))

@@ -38,6 +38,7 @@ Row = dict[str, str]
 
 REFERENCE_ENDS = 20.0  # angstrom: finer than this the reference of the noise, at 30 A, holds nothing
 INFLATION_LIMIT = 1.05  # over MAP's: what the experiment allows
+SMEARED = 3  # shells that a mask fills from those before
 
 # Columns that a recomputed run has to agree in: exactly, or within a relative difference. MAP repeats to 1e-5; the
 # rounding of a network differs from processor to processor, and a few particles go another way.
@@ -331,17 +332,20 @@ def _range(record: Record) -> str:
 
 def _substituted(records: Records) -> list[str]:
     lines = []
-    for cell in SIGNAL:
-        record = records.get((cell, "substituted"))
+    names = [name for name, run in RUNS.items() if run.kind == "substituted"]
+    for name, cell in itertools.product(names, SIGNAL):
+        record = records.get((cell, name))
         if record is None:
             continue
-        start = record["start"]
-        limit = 1 / frequency(record)[start]
+        begin = record["start"]
+        # Next to the resolution a mask smears what lies before it.
+        start, where = (begin, "") if RUNS[name].limit is None else (begin + SMEARED, f", but for {SMEARED} shells")
         values = ", ".join(
-            f"{name} {np.mean(curve[start:]):+.3f} (at most {max(curve[start:]):.3f})"
-            for name, curve in record["curves"].items()
+            f"{kind} {np.mean(curve[start:]):+.3f} (at most {max(curve[start:]):.3f})"
+            for kind, curve in record["curves"].items()
         )
-        lines.append(f"- **Noise substitution**, {cell}: mean FSC of the half-maps from {limit:.1f} Å on: {values}.")
+        limit = f"{1 / frequency(record)[begin]:.1f} Å on{where}"
+        lines.append(f"- **Noise substitution**, {cell}: mean FSC of the half-maps from {limit}: {values}.")
     return ["\n".join(lines)] if lines else []
 
 

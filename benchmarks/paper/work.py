@@ -54,7 +54,7 @@ from cryored.simulation.harvest import HarvestOptions, harvest_files
 from cryored.simulation.pair_table import read_pairs
 from cryored.simulation.workers import run_tasks
 from cryored.training.evaluation import judge, load_pair, shown, weigh
-from paper.measure import Record, measure, measure_refinement, picture, rounded, swapped_correlation
+from paper.measure import Record, last_shell, measure, measure_refinement, picture, rounded, swapped_correlation
 from paper.plan import LEVELS, RUNS, STRUCTURES, SWAPPED, Cell, Run, Scale
 
 logger = logging.getLogger("cryored.paper")
@@ -265,7 +265,7 @@ def do_run(
     elif run.kind == "single-pass":
         result = _pass(data, str(run.model))
     elif run.kind == "substituted":
-        result = _substitute(data, str(run.model), experiment.seed)
+        result = _substitute(data, run, experiment.seed)
     else:
         result = _swap(experiment)
     record = (
@@ -388,19 +388,24 @@ def _swap(experiment: Experiment) -> Record:
     return {"curves": {name: rounded(curve) for name, curve in swapped_correlation(*paths).items()}}
 
 
-def _substitute(data: Data, model: str, seed: int) -> Record:
+def _substitute(data: Data, run: Run, seed: int) -> Record:
     """Denoise the half-maps of the MAP run with noise in place of the signal beyond a resolution."""
     _final_map(data.folder, "map")
     halves = half_maps(data, "map")
     truth = read_volume(data.truth)
+    mask = soft_mask(truth).data
+    if run.limit is None:
+        start = round(data.box * data.angpix / SUBSTITUTED_FROM)
+    else:
+        start = last_shell(shell_correlation(*(half * mask for half in halves)), run.limit) + 1
     found = substituted_volumes(
         truth.with_data(halves[0]),
         truth.with_data(halves[1]),
         shell_correlation(*halves),
-        round(data.box * data.angpix / SUBSTITUTED_FROM),
-        model=model,
+        start,
+        model=str(run.model),
         rng=np.random.default_rng(seed),
-        mask=soft_mask(truth).data,
+        mask=mask,
     )
     curves = {
         "noise for signal": found.substituted,

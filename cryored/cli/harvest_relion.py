@@ -18,14 +18,15 @@ from cryored.errors import CryoredError
 logger = logging.getLogger("cryored.cli.harvest_relion")  # run as a program, the module has another name
 
 
-def _ratios(_: click.Context, __: click.Parameter, value: str) -> tuple[float, ...]:
+def ratios(_: click.Context, __: click.Parameter, value: str) -> tuple[float, ...]:
+    """Read signal-to-noise ratios as in 0.15,0.06: a callback of an option."""
     try:
-        ratios = tuple(float(text) for text in value.split(","))
+        found = tuple(float(text) for text in value.split(","))
     except ValueError:
-        ratios = ()
-    if not ratios or not all(0 < ratio < float("inf") for ratio in ratios):
+        found = ()
+    if not found or not all(0 < ratio < float("inf") for ratio in found):
         raise click.BadParameter(f"'{value}', expected numbers above 0 as in 0.15,0.06")
-    return ratios
+    return found
 
 
 def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
@@ -48,7 +49,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="DIR", help="Folder of the refinements.")
 @click.option(
     "--snr",
-    callback=_ratios,
+    callback=ratios,
     default="0.15,0.06,0.02,0.01",
     show_default=True,
     metavar="RATIO,...",
