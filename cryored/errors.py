@@ -24,11 +24,13 @@ class ModelError(CryoredError):
 
 
 def in_words(error: BaseException) -> str:
-    """Return one line about an error of ours, the operating system's, or want of memory."""
+    """Return one line about an error, with its kind where nobody has foreseen it."""
     if isinstance(error, MemoryError):
         return f"not enough memory ({error or 'allocation failed'}); use smaller tiles or fewer threads"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return f"standard output: {error.strerror}"  # the only stream that has no name
-    return str(error)
+    if isinstance(error, CryoredError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

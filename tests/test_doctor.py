@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -184,6 +185,55 @@ def test_a_wrong_relion(project, answer, state, told):
     finding = only(doctor.relion)
     assert finding.state == state
     assert told in finding.text
+
+
+def test_a_relion_that_hangs(project, monkeypatch):
+    def hang(*command, **options):
+        raise subprocess.TimeoutExpired("relion_refine_mpi", options["timeout"])
+
+    (project / "relion_refine_mpi").touch(0o755)
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    finding = only(doctor.relion)
+    assert finding.state == "error"
+    assert "--version: no answer in 60 s" in finding.text
+
+
+def test_an_engine_that_cannot_compute(monkeypatch):
+    """As one whose driver is too old: each engine has its own error for that."""
+    import keras
+
+    class DriverError(Exception):
+        pass
+
+    def fail(*tensors, **options):
+        raise DriverError("no kernel image\nis available")
+
+    monkeypatch.setattr(keras.ops, "conv", fail)
+    finding = only(doctor.compute, gpu=False)
+    assert finding.state == "error"
+    assert finding.text.endswith("a convolution failed: DriverError: no kernel image is available")
+
+
+def test_a_question_that_fails_is_an_answer(monkeypatch):
+    def broken(setup):
+        yield 1 / 0
+
+    monkeypatch.setattr(doctor, "QUESTIONS", (broken, doctor.model))
+    first, second = doctor.examine(Setup())
+    assert (first.subject, first.state, first.text) == ("broken", "error", "ZeroDivisionError: division by zero")
+    assert second.state == "ok"
+
+
+def test_a_hook_whose_path_reads_like_the_placeholder(project, monkeypatch):
+    folder = project / "STARLING"
+    folder.mkdir()
+    for name in (HOOK.name, "cryored"):
+        (project / name).rename(folder / name)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(VARIABLE, str(folder / HOOK.name))
+    finding = only(doctor.hook)
+    assert finding.state == "ok", finding
+    assert f"{folder / HOOK.name} STAR: a request of 16 voxels cubed is answered" in finding.text
 
 
 def test_no_permission_to_execute(project):

@@ -56,6 +56,25 @@ def test_a_group_without_a_limit(root):
     assert free_memory(str(root)) == 64 * GIB
 
 
+@pytest.mark.parametrize(
+    ("line", "top", "names"),
+    [
+        ("0::", "", ("memory.max", "memory.current", "memory.stat")),
+        ("4:cpu,memory:", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")),
+    ],
+)
+def test_a_batch_jobs_own_group_and_those_around_it(root, line, top, names):
+    (root / "proc" / "self").mkdir()
+    (root / "proc" / "self" / "cgroup").write_text(f"1:name=systemd:/elsewhere\n{line}/slurm/job_7/step_0\n")
+    group(root, f"{top}/slurm/job_7/step_0".lstrip("/"), names, "max", 3 * GIB, 0)
+    assert free_memory(str(root)) == 64 * GIB
+    group(root, f"{top}/slurm/job_8".lstrip("/"), names, 2 * GIB, GIB, 0)  # another's
+    assert free_memory(str(root)) == 64 * GIB
+    for name, text in zip(names, (10 * GIB, 4 * GIB, "active_file 0"), strict=True):
+        (root / "sys" / "fs" / "cgroup" / top / "slurm" / "job_7" / name).write_text(f"{text}\n")
+    assert free_memory(str(root)) == 6 * GIB
+
+
 def test_slurms_grant(root, monkeypatch):
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "2048")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "4")

@@ -201,6 +201,18 @@ def test_the_halves_go_together_where_memory_allows(project, monkeypatch, free):
     assert told.endswith(" for both halves together") == (free > 1 << 30)
 
 
+def test_of_many_requests_two_are_answered_together(project, monkeypatch):
+    """As where the ranks of a classification reconstruct a class each: memory is reckoned for two."""
+    together = []
+    whole = Updater.denoise
+    monkeypatch.setattr(Updater, "denoise", lambda self, maps: together.append(len(maps)) or whole(self, maps))
+    orders = [Order(star(HALVES[number % 2])) for number in range(6)]
+    came = iter([orders[3:]])
+    server().serve(orders[:3], lambda: next(came))
+    assert together == [2, 2, 2]
+    assert all(order.said == ["accepted", "done"] for order in orders)
+
+
 def test_a_request_for_which_the_granted_memory_does_not_suffice(project):
     updater = Updater(Settings(lam=1.0), Denoiser(find_model("cwred"), gpu=False, max_memory=500 << 20))
     order = Order(star(HALVES[0]))

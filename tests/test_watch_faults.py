@@ -168,6 +168,21 @@ def test_both_halves_are_served_and_the_watcher_ends_cleanly(watch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_under_nohup_it_outlives_the_terminal(watch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what a child inherits of nohup
+    try:
+        process = watch()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    call = hook(HALVES[0])
+    assert ended(call) == (0, "")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
 def test_killed_before_a_request(watch):
     watcher = watch()
     watcher.kill()

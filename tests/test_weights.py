@@ -16,6 +16,7 @@ from cryored.errors import InputError
 from cryored.files.mrc import read_array, read_volume, write_volume
 from cryored.files.requests import read_request, read_request_file
 from cryored.files.star import read_star, write_star
+from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import find_model
 from cryored.prior.weights import Calibration, model_calibration, parse_calibration
@@ -410,6 +411,25 @@ def test_recorded_requests_are_measured(tmp_path):
     write_volume(tmp_path / "truth.mrc", truth, label="t")
     with pytest.raises(InputError, match=r"no request of a half-map"):
         list(refinement_moments(str(tmp_path), lambda volume, fsc: volume, "regularised"))
+
+
+def test_a_truth_or_a_mask_of_another_box_is_refused(tmp_path):
+    folder = tmp_path / "pka"
+    shutil.copytree(REQUESTS / "pka_box64_pad1", folder)
+    truth = read_volume(folder / "truth.mrc")
+    larger = Volume(np.pad(truth.data, 2), truth.voxel_size)
+    items = {"rlnDoSolventFscCorrection": 1, "rlnSolventMaskName": "mask.mrc"}
+    write_star(folder / "run" / "run_it000_optimiser.star", {"optimiser_general": items})
+    for mask, found in (
+        (larger.with_data(np.ones_like(larger.data)), "68 x 68 x 68 voxels"),
+        (truth.with_data(2 + truth.data * 0), "values from 2 to 2, expected a mask from 0 to 1"),
+    ):
+        write_volume(folder / "mask.mrc", mask, label="t")
+        with pytest.raises(InputError, match=found):
+            list(refinement_moments(str(folder), lambda volume, fsc: truth, "regularised"))
+    write_volume(folder / "truth.mrc", larger, label="t")
+    with pytest.raises(InputError, match=r"truth.mrc: 68 x 68 x 68 voxels of .* expected the run's 64 of"):
+        list(refinement_moments(str(folder), lambda volume, fsc: truth, "regularised"))
 
 
 def test_within_a_mask_only_what_is_there_counts(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from cryored.assessment.noise_substitution import substituted_volumes
 from cryored.errors import InputError
-from cryored.files.belonging import AnyPath, check_pair, name_of, read_mask
+from cryored.files.belonging import AnyPath, auto_mask, check_pair, name_of, read_mask
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume
 from cryored.maps.fsc import (
@@ -24,7 +24,7 @@ from cryored.maps.fsc import (
     shell_correlation,
     shift_between,
 )
-from cryored.maps.mask import AUTO, relion_mask
+from cryored.maps.mask import AUTO
 from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume
 from cryored.prior.models import DEFAULT_MODEL
@@ -44,7 +44,8 @@ class FscOptions:
     Parameters
     ----------
     mask : path, optional
-        MRC file or ``-``, from 0 to 1; ``auto`` makes it from the average of the two maps (see `relion_mask`).
+        MRC file or ``-``, from 0 to 1; ``auto`` makes it from the average of the two maps (see
+        `cryored.files.belonging.auto_mask`).
     angpix : float, optional
         Pixel size in angstrom that replaces those of the headers.
     randomise_from : float, optional
@@ -94,7 +95,7 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
     voxel_size = check_pair(names, first, second)
     mask = None
     if options.mask == AUTO:
-        mask = relion_mask(first.with_data((first.data + second.data) / 2).with_voxel_size(voxel_size))[0].data
+        mask = auto_mask(names[0], first.with_data((first.data + second.data) / 2).with_voxel_size(voxel_size))
     elif options.mask is not None:
         mask = read_mask(options.mask, names[0], first, options.angpix)
 

@@ -25,7 +25,7 @@ class MaskOptions:
     Parameters
     ----------
     threshold : float, optional
-        Density; by default a fifth of the filtered map's peak.
+        Density; by default a fifth of the way from the solvent to the filtered map's peak.
     lowpass : float, optional
         Angstrom; None leaves the map as it is.
     extend, edge : float

@@ -31,8 +31,8 @@ from cryored.files.output import STREAM, is_stream
     "--mask",
     type=options.PATH,
     metavar="MASK.mrc",
-    help="Soft mask: the half-maps' FSC is that within it, corrected as `cryored fsc` does, and the results are "
-    "multiplied by it; auto makes one.",
+    help="Soft mask: the half-maps' FSC is that within it, corrected as `cryored fsc` does, and the results are cut "
+    "out by it, with a solvent of 0; auto makes one.",
 )
 @click.option(
     "--uncertainty",

@@ -113,10 +113,13 @@ def _ending() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup's choice stays
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, end)
     try:
         yield lambda: asked
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Maps that are used together: whether two half-maps, and a mask, belong to each other."""
+"""Maps that are used together: whether two half-maps, a mask, a truth and a request belong to each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from cryored.errors import InputError
 from cryored.files.mrc import read_volume
 from cryored.files.output import is_stream
+from cryored.files.requests import Request
+from cryored.maps.mask import relion_mask
 from cryored.maps.volume import Floats, Volume
 
 AnyPath = str | os.PathLike[str]
@@ -61,6 +63,38 @@ def read_mask(path: AnyPath, name: str, volume: Volume, angpix: float | None = N
     if high <= 0:
         raise InputError(f"{name_of(path)}: 0 everywhere, expected a mask from 0 to 1; was the threshold too high?")
     return mask.data
+
+
+def auto_mask(name: str, volume: Volume) -> Floats:
+    """Return the mask that `cryored mask` makes of a map of that name.
+
+    Raises
+    ------
+    InputError
+        None can be made: the pixel size is unknown, the map is inverted or has no molecule.
+    """
+    try:
+        return relion_mask(volume)[0].data
+    except InputError as error:
+        remedy = "or make a mask with cryored mask --threshold DENSITY and give that"
+        raise InputError(f"{name}: no mask can be made by itself: {error}; {remedy}") from None
+
+
+def check_truth(name: str, truth: Volume, request: Request) -> None:
+    """Refuse a truth in another box or of another pixel size than a request's.
+
+    Raises
+    ------
+    InputError
+    """
+    same_size = not truth.voxel_size or abs(truth.voxel_size / request.pixel_size - 1) <= SAME_SIZE
+    if truth.shape != (request.ori,) * 3 or not same_size:
+        found = " x ".join(map(str, reversed(truth.shape)))
+        raise InputError(
+            f"{name}: {found} voxels of {truth.voxel_size:g} A, expected the run's {request.ori} of "
+            f"{request.pixel_size:g} A; make it with cryored simulate map --box {request.ori} --angpix "
+            f"{request.pixel_size:g}, or resample and crop it"
+        )
 
 
 def _check_shape(name: str, volume: Volume, other_name: str, other: Volume) -> None:

@@ -290,7 +290,7 @@ def _voxel_size(header: Any, name: str) -> float:
     if max(sizes) - min(sizes) > _ISOTROPY * max(sizes):
         found = " x ".join(f"{size:.5g}" for size in sizes)
         raise InputError(f"{name}: voxels of {found} A, expected cubes; resample the map first")
-    # Seven digits undo the float32 rounding of the cell, so that 144 A / 96 gives 1.5 and 1.0961 stays 1.0961.
+    # Six digits undo the float32 rounding of the cell, so that 144 A / 96 gives 1.5 and 1.0961 stays 1.0961.
     return float(f"{sizes[0]:.6g}")
 
 

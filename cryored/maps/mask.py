@@ -92,7 +92,7 @@ def relion_mask(
     Raises
     ------
     InputError
-        The voxel size is unknown, or nothing or everything lies above the threshold.
+        The voxel size is unknown, the map is inverted, or nothing or everything lies above the threshold.
     """
     data = volume.data
     if resolution is not None:

@@ -29,13 +29,14 @@ def solvent_level(data: Floats) -> float:
 
 
 def standard_of(data: Floats, voxel_size: float) -> Standard:
-    """Return solvent level and standard deviation, normalised to a reference volume V = (144 A)**3.
+    """Return level and standard deviation, normalised to a reference volume V = (144 A)**3.
 
-    With b the solvent level (mean over the faces of the box), v the volume of a voxel and the sum over the map::
+    With b the level (mean over the faces of the box, the solvent's), v the volume of a voxel and the sum over the
+    map::
 
         level = b        deviation = sqrt(sum((data - b)**2) v / V)
 
-    In a box of V this is the standard deviation about the solvent level. More solvent at the level b changes
+    In a box of V this is the standard deviation about that level. More solvent at the level b changes
     nothing, nor does finer sampling; ``a * x + c`` has ``|a|`` times the deviation of x. The level is the
     solvent's and not the mean, because the mean over V means nothing for a molecule larger than V, and because
     the solvent then equals the zeros with which convolutions pad.

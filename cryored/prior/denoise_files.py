@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
-from cryored.files.belonging import SAME_SIZE, check_pair, name_of, read_mask
+from cryored.files.belonging import SAME_SIZE, auto_mask, check_pair, name_of, read_mask
 from cryored.files.chimerax import Shown, denoised_surfaces
 from cryored.files.fsc_tables import read_fsc_table
 from cryored.files.jobs import read_job
@@ -29,7 +29,7 @@ from cryored.maps.fsc import (
     shell_correlation,
     whole_set_fsc,
 )
-from cryored.maps.mask import AUTO, relion_mask
+from cryored.maps.mask import AUTO
 from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume
 from cryored.prior.budget import ENGINE, network_memory, network_seconds
@@ -65,8 +65,8 @@ class DenoiseOptions:
         The map is RELION's own answer to this request, of a half or a class: it is weighted already, and the network is
         told the request's FSC.
     mask : str, optional
-        Soft mask: the FSC of two half-maps is that within it, corrected; and the results are multiplied by it.
-        ``auto`` makes it from the map (see `relion_mask`).
+        Soft mask: the FSC of two half-maps is that within it, corrected; and the results are within it, their
+        solvent 0. ``auto`` makes it from the map (see `cryored.files.belonging.auto_mask`).
     uncertainty : str, optional
         MRC file for the standard deviation of the remaining error, or ``-``.
     difference : str, optional
@@ -233,7 +233,7 @@ def _read_mask(options: DenoiseOptions, path: str, volume: Volume) -> npt.NDArra
     if options.mask is None:
         return None
     if options.mask == AUTO:
-        return np.asarray(relion_mask(volume)[0].data, dtype=np.float32)
+        return np.asarray(auto_mask(name_of(path), volume), dtype=np.float32)
     return np.asarray(read_mask(options.mask, name_of(path), volume, options.angpix), dtype=np.float32)
 
 

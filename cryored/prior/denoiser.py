@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cryored.errors import InputError, ModelError
+from cryored.errors import InputError, ModelError, in_words
 from cryored.maps.fourier import apply_filter, spatial_frequency
 from cryored.maps.network_scale import standard_of
 from cryored.maps.resample import SAME_PIXEL, Grid, from_grid, interpolate, plan_axis, to_grid
@@ -214,7 +214,7 @@ class Denoiser:
         InputError
             The pixel size is unknown, or the FSC is of another box.
         ModelError
-            The machine's memory does not suffice, even in the smallest tiles.
+            The machine's memory does not suffice, even in the smallest tiles, or the network's engine fails.
         """
         return self.denoise_all([volume], [fsc])[0]
 
@@ -356,6 +356,8 @@ class Denoiser:
             return self._rotated(data, told)
         except Exception as error:
             if not device.is_out_of_memory(error):
+                if device.is_engines(error):
+                    raise ModelError(f"{self.device_name}: the network failed: {in_words(error)}") from error
                 raise
             smaller = self._smaller_tile(data.shape)
             if len(data) > 1:

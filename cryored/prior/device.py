@@ -32,12 +32,14 @@ def set_up(gpu: bool | None = None, threads: int | None = None) -> str:
     Raises
     ------
     ModelError
-        A GPU was insisted on and there is none, or CRYORED_GPU_NUMBER is none of the visible ones.
+        KERAS_BACKEND names no engine that is here; a GPU was insisted on and there is none; CRYORED_GPU_NUMBER is none
+        of the visible ones.
     """
     name = _backend()
-    find = {"tensorflow": _set_up_tensorflow, "torch": _set_up_torch, "jax": _set_up_jax}.get(name)
-    if find is None:
-        return name
+    finders = {"tensorflow": _set_up_tensorflow, "torch": _set_up_torch, "jax": _set_up_jax}
+    if name not in finders:
+        raise ModelError(f"KERAS_BACKEND is '{name}', expected one of {', '.join(finders)}; set it, or unset it")
+    find = finders[name]
     engine = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}[name]
     try:
         found = find(gpu is not False, threads)
@@ -127,6 +129,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(names & {"MemoryError", "ResourceExhaustedError", "OutOfMemoryError"}) or (
         bool(names & {"XlaRuntimeError", "JaxRuntimeError"}) and "RESOURCE_EXHAUSTED" in str(error)
     )
+
+
+def is_engines(error: BaseException) -> bool:
+    """Tell whether an error is a back-end's own, as of a driver that fails."""
+    engines = ("tensorflow", "torch", "jax", "jaxlib", "keras")
+    return isinstance(error, RuntimeError) or type(error).__module__.split(".")[0] in engines
 
 
 def cpu() -> AbstractContextManager[Any]:

@@ -21,12 +21,12 @@ from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.share import RELION5, share_folders
 from cryored.files.star import read_star, write_star
-from cryored.maps.fourier import frequencies, half_frequencies
+from cryored.maps.fourier import squared_radius
 from cryored.maps.volume import Volume
 from cryored.memory import free_memory
 from cryored.prior import device
 from cryored.prior.denoiser import Denoiser
-from cryored.prior.models import check_weights, find_model
+from cryored.prior.models import DEFAULT_MODEL, check_weights, find_model
 from cryored.refinement.bounds import array_bytes, bounds
 from cryored.refinement.mailbox import PRESENCE, Presence
 
@@ -41,7 +41,8 @@ _BOX = 16  # of the dry request
 _COUNTING = (
     "ANGPIX CHECK CLEAN DENOISED EXTRAPOLATE FINAL LAMBDA MODEL OUTPUT PRIOR_LIMIT SCHEDULE TRUST UNREGULARISED".split()
 )
-_USUAL = "--model cwred --lambda auto --trust 1.0 --final map --no-extrapolate"  # what a watcher leaves without options
+# What a watcher leaves without options.
+_USUAL = f"--model {DEFAULT_MODEL} --lambda auto --trust 1.0 --final map --no-extrapolate"
 
 State = Literal["ok", "warning", "error"]
 
@@ -87,7 +88,7 @@ class Setup:
     folder: Path | None = None
     box: int | None = None
     pad: float = 2.0
-    model: str = "cwred"
+    model: str = DEFAULT_MODEL
     gpu: bool | None = None
     timeout: float = 300.0
 
@@ -97,8 +98,10 @@ def examine(setup: Setup) -> Iterator[Finding]:
     for question in QUESTIONS:
         try:
             yield from question(setup)
-        except (CryoredError, OSError, MemoryError) as error:
-            yield Finding(question.__name__.strip("_"), "error", in_words(error))
+        except (
+            Exception
+        ) as error:  # what is broken here can fail in any way: the other questions are asked all the same
+            yield Finding(question.__name__, "error", in_words(error))
 
 
 def model(setup: Setup) -> Iterator[Finding]:
@@ -130,7 +133,11 @@ def compute(setup: Setup) -> Iterator[Finding]:
         result = keras.ops.conv(keras.ops.convert_to_tensor(data), keras.ops.convert_to_tensor(kernel), padding="same")
         return np.asarray(keras.ops.convert_to_numpy(result))
 
-    first = convolve()
+    try:
+        first = convolve()
+    except Exception as error:  # each engine has its own errors
+        yield Finding("device", "error", f"{name}: a convolution failed: {in_words(error)}", "reinstall the engine")
+        return
     begin = time.monotonic()
     convolve()
     seconds = time.monotonic() - begin
@@ -182,7 +189,11 @@ def relion(setup: Setup) -> Iterator[Finding]:
         text = "no relion_refine on the PATH"
         yield Finding("RELION", "warning", text, "load RELION's module, unless it runs elsewhere")
         return
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        yield Finding("RELION", "error", f"{path} --version: no answer in 60 s", "try it by hand")
+        return
     match = re.search(r"version:?\s*(\d+)\.(\d+)", answer.stdout + answer.stderr)
     if match is None:
         text = f"{path} does not tell its version: {(answer.stdout + answer.stderr).strip()[:80]}"
@@ -206,9 +217,9 @@ def hook(setup: Setup) -> Iterator[Finding]:
         )
         yield Finding("hook", "error", f"{VARIABLE} is not set, so RELION reconstructs by itself", remedy)
     elif value is not None:
-        yield _call(setup, "hook", value, f"{value} STAR", lambda out, status: status == 0)
+        yield _call(setup, "hook", value, "", lambda out, status: status == 0)
     if blush == "ours":
-        yield _call(setup, "Blush call", BLUSH, f"{BLUSH} STAR --gpu -1 ", lambda out, status: out.strip() == "success")
+        yield _call(setup, "Blush call", BLUSH, " --gpu -1 ", lambda out, status: out.strip() == "success")
     elif blush == "RELION's":
         text = f"{shutil.which(BLUSH)} is RELION's own: --blush runs Blush, not cryored"
         yield Finding("Blush call", "ok", text)
@@ -227,8 +238,9 @@ def _our_hook() -> str:
     return shutil.which(_HOOK) or f"/path/to/{_HOOK}"
 
 
-def _call(setup: Setup, subject: str, value: str, command: str, good: Callable[[str, int], bool]) -> Finding:
-    """Answer a request of ours through a shell, as RELION does."""
+def _call(setup: Setup, subject: str, value: str, options: str, good: Callable[[str, int], bool]) -> Finding:
+    """Have a request of ours answered through a shell, as RELION does, with options after it."""
+    command = f"{value} STAR{options}"  # as it is told
     try:
         program = shlex.split(value)[0]
     except (ValueError, IndexError):
@@ -243,7 +255,7 @@ def _call(setup: Setup, subject: str, value: str, command: str, good: Callable[[
         begin = time.monotonic()
         try:
             done = subprocess.run(
-                command.replace("STAR", star),
+                f"{value} {star}{options}",
                 shell=True,
                 capture_output=True,
                 text=True,
@@ -273,10 +285,8 @@ def _dry_request(place: Path) -> str:
     root = str(place.resolve() / "run_it001_half1_class001_external_reconstruct")
     rng = np.random.default_rng(0)
     shape = (_BOX, _BOX, _BOX // 2 + 1)
-    full, half = frequencies(_BOX), half_frequencies(_BOX)
-    squared = full[:, None, None] ** 2 + full[None, :, None] ** 2 + half**2
     weight = np.full(shape, 100.0, dtype=np.float32)
-    signal = 1e3 * np.exp(-squared / 8)
+    signal = 1e3 * np.exp(-squared_radius(_BOX) / 8)
     arrays = {
         "data_real": signal * weight + 30 * rng.standard_normal(shape),
         "data_imag": 30 * rng.standard_normal(shape),
@@ -333,7 +343,7 @@ def folder(setup: Setup) -> Iterator[Finding]:
     else:
         yield Finding("folder", "ok", f"{place}: can be written to, {free:.0f} GiB are free")
     kind = _file_system(place)
-    if kind in _LOCAL and int(os.environ.get("SLURM_JOB_NUM_NODES", "1") or 1) > 1:
+    if kind in _LOCAL and _several_nodes():
         text = f"{place} lies on a {kind} of this machine, and the job has several nodes"
         yield Finding("folder", "error", text, "use a folder that all nodes share")
 
@@ -392,7 +402,7 @@ def mpi(setup: Setup) -> Iterator[Finding]:
         hints.append("--allow-run-as-root")
     if (os.cpu_count() or 1) < 3:
         hints.append("--oversubscribe")
-    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1") or 1) > 1:
+    if _several_nodes():
         hints.append(f"-x {VARIABLE}")
     told = f"mpirun {' '.join(hints)} -n 3 relion_refine_mpi ..." if hints else "nothing special"
     yield Finding("MPI", "ok", f"Open MPI needs here: {told}")
@@ -409,6 +419,11 @@ QUESTIONS: tuple[Callable[[Setup], Iterator[Finding]], ...] = (
     cache,
     mpi,
 )
+
+
+def _several_nodes() -> bool:
+    """Tell whether SLURM gives the job more than one node."""
+    return os.environ.get("SLURM_JOB_NUM_NODES", "1") not in ("", "0", "1")
 
 
 def _run_of(place: Path | None) -> tuple[int | None, float | None]:

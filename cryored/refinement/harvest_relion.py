@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from cryored.errors import CryoredError, InputError
+from cryored.errors import CryoredError, InputError, in_words
 from cryored.simulation.workers import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ def run_all(tasks: Sequence[Task], opts: Options, jobs: int) -> dict[str, str]:
                     try:
                         future.result()
                     except (CryoredError, OSError, MemoryError) as error:
-                        failed[label] = str(error) or "not enough memory"
+                        failed[label] = in_words(error)
                     display.end(label, "failed" if label in failed else "harvested")
             except BaseException:
                 stop.set()
@@ -337,7 +337,7 @@ def _try_task(opts: Options, task: Task) -> str:
     try:
         do_task(task, opts, lambda number: None, threading.Event())
     except (CryoredError, OSError, MemoryError) as error:
-        return str(error) or "not enough memory"
+        return in_words(error)
     return ""
 
 

@@ -118,20 +118,23 @@ class Server:
         self._told: set[tuple[int, float]] = set()  # boxes and paddings whose bounds were told
 
     def serve(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
-        """Answer orders together.
+        """Answer orders, two together where memory allows: the halves of an iteration.
 
         Parameters
         ----------
         orders : sequence of Order
         more : callable
-            Is asked once for what has come in the meantime, most often the other half of the iteration: waiting for
-            it would be wrong where RELION reconstructs the halves one after the other.
+            Is asked for what has come while a single one was read, most often the other half of the iteration: waiting
+            for it would be wrong where RELION reconstructs the halves one after the other.
         """
         if not self._fit_together(orders):
             for order in orders:
                 self._answer([order])
             return
-        self._answer(orders, more)
+        waiting = list(orders)
+        while waiting:
+            pair, waiting = waiting[:2], waiting[2:]
+            waiting += self._answer(pair, more)
 
     def _fit_together(self, orders: Sequence[Order]) -> bool:
         """Tell whether memory suffices for the halves together; say of a new box what it takes."""
@@ -164,19 +167,22 @@ class Server:
             needs_pixel_size=self._updater.settings.lam != 0,
         )
 
-    def _answer(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> None:
+    def _answer(self, orders: Sequence[Order], more: Callable[[], Sequence[Order]] = lambda: ()) -> Sequence[Order]:
+        """Answer one order, and one that has come in the meantime, or two; return what else has come."""
         cases = list(self._begin(orders))
-        cases += self._begin(more())
+        came = more() if len(orders) == 1 else ()
+        cases += self._begin(came[:1])
         try:
             denoised = self._updater.denoise([case.maps for case in cases])
         except Exception as error:
             for case in cases:
                 self._fail(case.order, error)
-            return
+            return came[1:]
         # Pictures take time: first all answers, then what is shown of them.
         for shown in [self._finish(case, maps) for case, maps in zip(cases, denoised, strict=True)]:
             if shown is not None:
                 _keep(partial(self._show, *shown))
+        return came[1:]
 
     def _begin(self, orders: Sequence[Order]) -> Iterator[_Case]:
         seen = time.monotonic()
@@ -260,11 +266,8 @@ def _name(order: Order) -> str:
 
 
 def _message(error: Exception) -> str:
-    """Return one line about an error, with its kind where nobody has foreseen it."""
-    expected = isinstance(error, (CryoredError, OSError, MemoryError))
-    message = in_words(error) if expected else f"{type(error).__name__}: {error}"
-    logger.debug("%s", message, exc_info=True)
-    return message
+    logger.debug("%s", error, exc_info=True)
+    return in_words(error)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cryored.errors import InputError
-from cryored.files.belonging import SAME_SIZE
+from cryored.files.belonging import check_truth
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.requests import Request, read_request_file
 from cryored.maps.fourier import apply_shells
@@ -170,7 +170,7 @@ def harvest_files(
     # The best-resolved one first: it tells best whether the truth is the run's.
     requests.sort(key=Request.nominal_resolution)
     if requests:
-        _check_grid(truth, answer, requests[0])
+        check_truth(truth, answer, requests[0])
     rows: list[PairRow] = []
     targets: dict[bytes, str] = {}  # by FSC: that of the two halves is one
     for done, request in enumerate(requests, 1):
@@ -318,18 +318,6 @@ def _found(request: Request) -> Request:
     if not (real.exists() or imag.exists() or weight.exists()):
         return request
     return dataclasses.replace(request, data_real=real, data_imag=imag, weight=weight)
-
-
-def _check_grid(name: str, truth: Volume, request: Request) -> None:
-    """Refuse a truth in another box or of another pixel size than the run's."""
-    same_size = not truth.voxel_size or abs(truth.voxel_size / request.pixel_size - 1) <= SAME_SIZE
-    if truth.shape != (request.ori,) * 3 or not same_size:
-        found = " x ".join(map(str, reversed(truth.shape)))
-        raise InputError(
-            f"{name}: {found} voxels of {truth.voxel_size:g} A, expected the run's {request.ori} of "
-            f"{request.pixel_size:g} A; make it with cryored simulate map --box {request.ori} --angpix "
-            f"{request.pixel_size:g}, or resample and crop it"
-        )
 
 
 def _check_overlap(name: str, correlation: float, request: Request) -> None:

@@ -1,6 +1,6 @@
 """The same function for many tasks: in this process, in several, or on a Dask cluster.
 
-Imports nothing but the standard library, so that a child process can set its threads before numpy looks.
+Imports neither numpy nor what does, so that a child process can set its threads before numpy looks.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from cryored.errors import InputError
+from cryored.files.belonging import check_truth, read_mask
 from cryored.files.mrc import read_volume
 from cryored.files.requests import ENDING, parts_of, read_request_file
 from cryored.maps.fourier import forward, half_frequencies, shell_index
@@ -130,7 +131,7 @@ def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[
     Raises
     ------
     InputError
-        There is no truth, or no request.
+        There is no truth, or no request; or truth or mask have another box.
     """
     place = Path(folder)
     truth = read_volume(place / "truth.mrc")
@@ -141,6 +142,7 @@ def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[
         )
     for star in stars:
         request = read_request_file(os.path.relpath(star, place), folder=place, angpix=truth.voxel_size)
+        check_truth(str(place / "truth.mrc"), truth, request)
         sums = load_sums(request)
         raw = reconstruct(sums)
         plain = reconstruct(sums, prior=inverse_prior(request.tau2, request.tau2_fudge, request.pad))
@@ -157,7 +159,7 @@ def refinement_moments(folder: str, denoise: Denoise, input: Input) -> Iterator[
             raw,
             denoised,
             request.fsc[: request.r_max],
-            None if request.mask is None else read_volume(request.mask).data,
+            None if request.mask is None else read_mask(request.mask, str(star), truth),
         )
 
 

@@ -20,7 +20,7 @@ from cryored.files.mrc import read_volume
 from cryored.files.output import check_target
 from cryored.prior import device
 from cryored.prior.denoiser import Denoiser
-from cryored.prior.models import Model, ModelCard, find_model, load_network, save_model
+from cryored.prior.models import Model, ModelCard, find_model, load_network, save_model, write_card
 from cryored.prior.network import build_unet
 from cryored.simulation.pair_table import PairRow, read_pairs
 from cryored.training.batches import PairStore, check_pairs
@@ -153,9 +153,9 @@ def train_files(
         "command": options.command,
         "cryored": __version__,
     }
-    model, network = _save(target, recipe, pairs, weights, _account(recipe, pairs.rows, state) | facts)
+    model = _save(target, recipe, pairs, weights, _account(recipe, pairs.rows, state) | facts)
     if pairs.held_out:
-        model = _judged(model, network, pairs.held_out, options)
+        model = _judged(model, pairs.held_out, options)
     if options.plot is not None:
         draw_curves(options.plot, target / LOG, state.best_step)
     (target / CHECKPOINT).unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def _steps(
         return state.best_weights or network.get_weights(), state
 
 
-def _save(target: Path, recipe: Recipe, pairs: _Pairs, weights: Any, training: dict[str, Any]) -> tuple[Model, Any]:
+def _save(target: Path, recipe: Recipe, pairs: _Pairs, weights: Any, training: dict[str, Any]) -> Model:
     network = build_unet(recipe.width, recipe.depth)  # in float32, without penalty, for one device
     network.set_weights(weights)
     resolved = [row.resolution for row in pairs.rows if np.isfinite(row.resolution)] or [0.0]
@@ -241,16 +241,17 @@ def _save(target: Path, recipe: Recipe, pairs: _Pairs, weights: Any, training: d
         resolution_range=(float(min(resolved)), float(max(resolved))),
         training=training | {"parameters": int(network.count_params())},
     )
-    return save_model(target, network, card), network
+    return save_model(target, network, card)
 
 
-def _judged(model: Model, network: Any, held_out: list[PairRow], options: TrainOptions) -> Model:
+def _judged(model: Model, held_out: list[PairRow], options: TrainOptions) -> Model:
     """Write into a model's card how good it is on pairs that it has not seen."""
     denoiser = Denoiser(model, gpu=options.gpu, threads=options.threads)
     table = summarise(list(judge(denoiser, held_out, model.card.input)))
     structures = sorted({row.structure for row in held_out})
     card = dataclasses.replace(model.card, evaluation={"simulated_pairs": table, "structures": structures})
-    return save_model(model.folder, network, card)
+    write_card(model.folder, card)
+    return dataclasses.replace(model, card=card)
 
 
 def _start_model(name: str, recipe: Recipe, voxel_size: float) -> Model:
