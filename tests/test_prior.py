@@ -1,6 +1,5 @@
 """Training from atomic models: features of real maps, refinements on the device, samples, and the whole, small."""
 
-import json
 import logging
 import re
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ from cryored.simulation.features import Features, draw_features, featured_map
 from cryored.simulation.intermediates import Experiment
 from cryored.simulation.structure import Atoms, read_atoms
 from cryored.training import from_atoms
+from cryored.training.checkpoint import read_checkpoint
 from cryored.training.device_refinements import Refiner
 from cryored.training.from_atoms import learning_rate, loss_of
 from cryored.training.plan import Plan
@@ -290,7 +290,8 @@ def test_a_training_goes_on_as_it_began(tmp_path):
     from_atoms.save(tmp_path, network, from_atoms.State(step=7), plan)
     assert from_atoms.load(tmp_path, network, replace(plan, minutes=99.0)).step == 7
     for name, value, before in (("width", 4, 2), ("pixel_size", 3.0, 1.5), ("batch", 1, 8)):
-        with pytest.raises(InputError, match=rf"state.json: trained with {name} {before}, expected {value} as asked"):
+        told = rf"checkpoint.npz: trained with {name} {before}, expected {value} as asked"
+        with pytest.raises(InputError, match=told):
             from_atoms.load(tmp_path, network, replace(plan, **{name: value}))
 
 
@@ -360,8 +361,8 @@ def test_a_prior_from_an_atomic_model(tmp_path, monkeypatch):
     first = CliRunner().invoke(train_prior, [*common, *part])
     assert first.exit_code == 0, first.output
     assert not (out / "model.keras").exists()
-    begun = json.loads((out / "state" / "state.json").read_text())
-    assert (tmp_path / "copy" / "weights.npz").exists()
+    begun = read_checkpoint(out / "state" / "checkpoint.npz").about
+    assert (tmp_path / "copy" / "checkpoint.npz").exists()
     second = CliRunner().invoke(train_prior, [*common, "--minutes", "0.2"])
     assert second.exit_code == 0, second.exception
     found = find_model(str(out))

@@ -201,3 +201,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         return
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises
+    ------
+    OutputError
+        It cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"{line}\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

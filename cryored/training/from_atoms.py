@@ -10,7 +10,6 @@ estimate itself remains that of least squares.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -24,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from cryored import __version__
-from cryored.errors import InputError
-from cryored.files.output import whole_file, write_text
+from cryored.errors import InputError, ModelError
+from cryored.files.output import append_line, write_text
 from cryored.prior import device
 from cryored.prior.models import Model, ModelCard, save_model
 from cryored.prior.network import LOG_VARIANCE, build_unet, scaled
 from cryored.simulation.features import Features
+from cryored.training.checkpoint import NETWORK, read_checkpoint, write_checkpoint
 from cryored.training.plan import Plan
 from cryored.training.samples import Densities, Sample, Samples, Tensor, draw_crops
 
@@ -39,7 +39,7 @@ _RISE = 0.02  # of the time, over which the learning rate rises
 _FEWEST = 16  # half-maps in the pool before the first step
 _VALIDATION_TIME = 0.1  # share of a run in which validation data may be made
 REPORT = 20.0  # seconds between lines of the log
-WEIGHTS, OPTIMIZER, STATE, LOG = "weights.npz", "optimizer.npz", "state.json", "training.csv"
+CHECKPOINT, LOG = "checkpoint.npz", "training.csv"
 
 
 @dataclass
@@ -100,38 +100,33 @@ def learning_rate(plan: Plan, done: float, first: float = 0.0) -> float:
 
 
 def save(folder: Path, network: Any, state: State, plan: Plan) -> None:
-    """Write weights, optimiser and state, each file whole."""
+    """Write weights, optimiser and state as one file, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    groups = {WEIGHTS: network.get_weights(), OPTIMIZER: [v.numpy() for v in network.optimizer.variables]}
-    for name, arrays in groups.items():
-        with whole_file(folder / name) as partial, partial.open("wb") as stream:
-            np.savez(stream, *arrays)
     about = {name: value for name, value in vars(state).items() if name != "losses"}
-    write_text(folder / STATE, json.dumps({"plan": asdict(plan), **about}, indent=1) + "\n")
+    write_checkpoint(folder / CHECKPOINT, network, {"plan": asdict(plan), **about})
 
 
 def load(folder: Path, network: Any, plan: Plan) -> State:
-    """Give a network the weights of a folder, and the optimiser's where they are there.
+    """Give a network what a folder holds.
 
     Raises
     ------
     InputError
         What was trained there is of another plan; only the minutes may differ.
+    ModelError
+        It is damaged.
     """
-    about = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    path = folder / CHECKPOINT
+    checkpoint = read_checkpoint(path)
+    about = checkpoint.about
     before, now = about.pop("plan"), asdict(plan)
     for name in now.keys() - {"minutes"}:
         if before.get(name) != now[name]:
             raise InputError(
-                f"{folder / STATE}: trained with {name} {before.get(name)}, expected {now[name]} as asked; ask for the "
-                "same, or give another folder"
+                f"{path}: trained with {name} {before.get(name)}, expected {now[name]} as asked; ask for the same, or "
+                "give another folder"
             )
-    with np.load(folder / WEIGHTS) as content:
-        network.set_weights([content[f"arr_{i}"] for i in range(len(content.files))])
-    if (folder / OPTIMIZER).exists():
-        with np.load(folder / OPTIMIZER) as content:
-            for i, variable in enumerate(network.optimizer.variables):
-                variable.assign(content[f"arr_{i}"])
+    checkpoint.restore(network)
     return State(**about)
 
 
@@ -223,7 +218,10 @@ class _Run:
         found = self._network.train_on_batch([maps, told], true)
         loss = float(np.asarray(found if np.ndim(found) == 0 else found[0]))
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {state.step + 1}")
+            raise ModelError(
+                f"the loss is {loss} at step {state.step + 1}; begin anew in another folder, with --full-precision or "
+                "a smaller --learning-rate"
+            )
         state.step += 1
         state.losses = [*state.losses[-99:], loss]
         return rate
@@ -234,8 +232,8 @@ class _Run:
         if self._held_out:
             ratio, variance = validate(self._network, self._held_out, self._plan)
         loss = np.mean(state.losses)
-        with self._log.open("a", encoding="utf-8") as stream:
-            stream.write(f"{state.step},{state.seconds:.0f},{loss:.5f},{ratio:.5f},{variance:.4f},{rate:.3e},{pool}\n")
+        row = f"{state.step},{state.seconds:.0f},{loss:.5f},{ratio:.5f},{variance:.4f},{rate:.3e},{pool}"
+        append_line(self._log, row)
         logger.info(
             "%.0f s, step %d: loss %.4f, validation %.4f, variance %.2f; %d half-maps of %d refinements, "
             "refining %.0f s, training %.0f s",
@@ -291,7 +289,7 @@ def train(
     structures, validation : sequence of str
         Atomic models to train on, and others.
     folder : Path
-        Gets weights, optimiser, state and log; also copied to each of `outputs`.
+        Gets checkpoint and log; also copied to each of `outputs`.
     plan : Plan
     seconds : float
         Of this run, with what comes before its first step.
@@ -300,7 +298,7 @@ def train(
     """
     begin = time.monotonic()
     network = build(plan)
-    state = load(folder, network, plan) if (folder / STATE).exists() else State()
+    state = load(folder, network, plan) if (folder / CHECKPOINT).exists() else State()
     with closing(Densities(structures, plan, processes)) as densities:
         held_out = _hold_out(validation, plan, validation_samples, max(1, processes // 4), _VALIDATION_TIME * seconds)
         source = Samples(plan, densities.stream(state.refinements), seed=plan.seed + 1000 * (state.step + 1))
@@ -315,11 +313,11 @@ def train(
 def finish(folder: Path, plan: Plan, target: Path, structures: int, command: str, scale: float = 1.0) -> Model:
     """Write the model folder of what was trained: in float32, for any engine; see `cryored.prior.network.scaled`."""
     network = build_unet(plan.width, plan.depth, knots=plan.knots, uncertainty=True)
-    with np.load(folder / WEIGHTS) as content:
-        network.set_weights([content[f"arr_{i}"] for i in range(len(content.files))])
+    checkpoint = read_checkpoint(folder / CHECKPOINT)
+    about = checkpoint.about
+    network.set_weights(checkpoint.groups[NETWORK])
     if scale != 1.0:
         network = scaled(network, scale)
-    about = json.loads((folder / STATE).read_text(encoding="utf-8"))
     card = ModelCard(
         name=target.resolve().name,
         input="regularised",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,12 +14,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cryored.errors import InputError, ModelError, OutputError
-from cryored.files.output import whole_file, write_text
+from cryored.errors import InputError, ModelError
+from cryored.files.output import append_line, write_text
 from cryored.prior import device
 from cryored.prior.network import build_unet
 from cryored.simulation.pair_table import PairRow
 from cryored.training.batches import PairStore, draw_batch, prefetched
+from cryored.training.checkpoint import read_checkpoint, write_checkpoint
 
 LOG_COLUMNS = ("step", "loss", "validation", "learning_rate")
 _RISE = 50  # steps over which the rate of a cosine schedule rises at the start
@@ -259,13 +258,9 @@ def save_checkpoint(path: Path, network: Any, recipe: Recipe, state: State) -> N
     OutputError
         The file cannot be written.
     """
-    optimizer = [variable.numpy() for variable in network.optimizer.variables]
-    groups = {"network": network.get_weights(), "optimizer": optimizer, "best": state.best_weights}
-    arrays = {f"{name}{i}": array for name, group in groups.items() for i, array in enumerate(group)}
     about = {name: value for name, value in vars(state).items() if name != "best_weights"}
     about |= {"recipe": recipe.as_text(), "losses": state.losses[-_SMOOTHED:]}
-    with whole_file(path) as partial, partial.open("wb") as stream:
-        np.savez(stream, about=json.dumps(about), **arrays)
+    write_checkpoint(path, network, about, best=state.best_weights)
 
 
 def load_checkpoint(path: Path, network: Any, recipe: Recipe) -> State:
@@ -276,25 +271,16 @@ def load_checkpoint(path: Path, network: Any, recipe: Recipe) -> State:
     ModelError
         The checkpoint is damaged, or of another recipe.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream) as content:
-            about = json.loads(str(content["about"]))
-            groups = {
-                name: [content[f"{name}{i}"] for i in range(sum(key.rstrip("0123456789") == name for key in content))]
-                for name in ("network", "optimizer", "best")
-            }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path}: no checkpoint that can be read ({error}); remove it to begin anew") from error
+    checkpoint = read_checkpoint(path, "best")
+    about = checkpoint.about
     found = about.pop("recipe")
     if found != recipe.as_text():
         raise ModelError(
             f"{path.parent}: its checkpoint is of another recipe ({found}); resume with the same options or choose "
             "another folder"
         )
-    network.set_weights(groups["network"])
-    for variable, array in zip(network.optimizer.variables, groups["optimizer"], strict=True):
-        variable.assign(array)
-    return State(**about, best_weights=groups["best"])
+    checkpoint.restore(network)
+    return State(**about, best_weights=checkpoint.groups["best"])
 
 
 class Log:
@@ -316,11 +302,7 @@ class Log:
     def write(self, step: int, loss: float, validation: float | None, rate: float) -> None:
         """Add a row."""
         shown = "" if validation is None else f"{validation:.5f}"
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(f"{step},{loss:.5f},{shown},{rate:.3e}\n")
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+        append_line(self._path, f"{step},{loss:.5f},{shown},{rate:.3e}")
 
 
 def run(
