@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from cryored.cli import cli
 from cryored.errors import InputError
 from cryored.files.fsc_tables import format_tsv, format_xml, parse_fsc_table, read_fsc_table, star_blocks
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.star import format_star, parse_star, read_star
+from cryored.files.star import format_star, parse_star, read_star, write_star
 from cryored.maps.fsc import FscResult, MaskedFsc, nominal_resolution
 from cryored.maps.volume import Volume
 from cryored.prior.denoiser import Denoiser
@@ -445,6 +446,15 @@ def test_pipes_through_the_shell():
     assert done.stderr == ""
     curve = np.genfromtxt(io.StringIO(done.stdout), names=True, delimiter="\t")
     assert curve["fsc"][1] == pytest.approx(0.997721, abs=1e-5)
+
+
+def test_a_job_without_a_mask_has_no_phases_to_randomise(tmp_path):
+    for half in (HALF1, HALF2):
+        shutil.copy(half, tmp_path)
+    write_star(tmp_path / "run_model.star", {"model_general": {"rlnPixelSize": 1.5}})
+    done = CliRunner().invoke(cli, ["fsc", str(tmp_path), "--randomise-from", "20"])
+    assert done.exit_code == 1
+    assert f"{tmp_path}: no mask in this job, and --randomise-from has no meaning without; give --mask" in done.stderr
 
 
 def test_an_automatic_mask():

@@ -306,6 +306,13 @@ def test_draws(run, tmp_path):
     assert run("--resolution", 7.25, "--plot", path, "--overwrite").exit_code == 0
 
 
+def test_a_table_has_resolutions_of_its_own(run, tmp_path, assert_one_line_error):
+    table = tmp_path / "fsc.tsv"
+    table.write_text("frequency\tfsc\n0.1\t0.9\n0.2\t0.1\n")
+    assert run(table).exit_code == 0
+    assert_one_line_error(run(table, "--angpix", 9), "a table with resolutions of its own, to which --angpix does not")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

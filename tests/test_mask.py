@@ -47,6 +47,15 @@ def test_is_1_around_the_density_and_falls_over_the_edge(box, voxel_size, change
     assert np.all(mask.data[inside] > 0)
 
 
+def test_the_picture_of_a_map_below_0(tmp_path):
+    volume = gaussian(48, 3.0)
+    write_volume(tmp_path / "low.mrc", volume.with_data(volume.data - 5), label="t")
+    words = ["mask", str(tmp_path / "low.mrc"), "-o", str(tmp_path / "mask.mrc"), "--plot", str(tmp_path / "mask.png")]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_follows_the_shape_not_the_scale_or_the_detail():
     volume = gaussian(48, 3.0)
     mask = soft_mask(volume).data

@@ -159,6 +159,31 @@ def test_a_cell_that_is_no_number(tmp_path, ramp, length):
     assert read_volume(tmp_path / "a.mrc", angpix=1.5).voxel_size == 1.5
 
 
+def test_an_origin_that_is_no_number(tmp_path, ramp, caplog):
+    write_volume(tmp_path / "a.mrc", ramp, label="test")
+    with mrcfile.open(tmp_path / "a.mrc", "r+") as mrc:
+        mrc.header.origin.y = np.nan
+    assert read_volume(tmp_path / "a.mrc").origin == (0, 0, 0)
+    assert "a.mrc: its header has no origin that is a number; taken as 0" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["i1", ">i2", ">f4"])
+def test_big_endian_files(tmp_path, mode):
+    """Mode 0 reads the same in either order: the machine stamp decides."""
+    data = np.arange(4**3, dtype=mode).reshape(4, 4, 4)
+    with mrcfile.new(tmp_path / "a.mrc") as mrc:
+        mrc.set_data(data.astype(data.dtype.newbyteorder("=")))
+        mrc.voxel_size = 2.0
+    with mrcfile.open(tmp_path / "a.mrc", "r") as mrc:
+        header = mrc.header.copy().view(mrc.header.dtype.newbyteorder(">"))
+        header[...] = mrc.header.astype(header.dtype)
+    header.machst = [0x11, 0x11, 0, 0]
+    (tmp_path / "a.mrc").write_bytes(header.tobytes() + data.tobytes())
+    found = read_volume(tmp_path / "a.mrc")
+    np.testing.assert_array_equal(found.data, data)
+    assert found.voxel_size == 2.0
+
+
 def test_the_angles_of_a_cell(tmp_path, ramp):
     write_volume(tmp_path / "a.mrc", ramp, label="test")
     for angles in ((0, 0, 0), (90, 90.01, 89.99), (90, 90, 120)):
@@ -314,6 +339,23 @@ def test_a_disk_that_fills_up_while_writing(tmp_path):
     assert done.stderr == "cryored: error: a.mrc: cannot be written: File too large\n"
     assert (tmp_path / "a.mrc").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.mrc"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_fills_up_behind_standard_output(tmp_path, unbuffered):
+    with (tmp_path / "a.mrc").open("wb") as sink:
+        done = subprocess.run(
+            [sys.executable, "-m", "cryored", "simulate", "map", "-q", str(STRUCTURE), "--box", "64", "-o", "-"],
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        )
+    assert done.returncode == 1
+    assert done.stderr == "cryored: error: standard output: File too large\n"
 
 
 def test_an_error_of_the_caller_leaves_nothing(tmp_path):

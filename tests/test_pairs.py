@@ -105,7 +105,7 @@ def test_draws_stay_in_their_ranges():
 
 def test_a_long_box_and_a_coarse_grid_draw_what_they_can_hold():
     rng = np.random.default_rng(0)
-    for box, angpix in ((16, 6.0), (32, 4.0), (256, 0.8)):
+    for box, angpix in ((16, 6.0), (16, 10.0), (32, 4.0), (256, 0.8)):
         for _ in range(200):
             draw = draw_map(box, angpix, rng=rng)
             assert 0 < draw.shell <= box // 2 - 1

@@ -499,6 +499,7 @@ def test_the_stem_is_required(project):
     [
         (["--defocus", "2"], "'2', expected two numbers as in 0.2,2.0"),
         (["--snr", "1", "--scale", "2"], "--snr and --scale exclude each other"),
+        (["--no-ctf", "--defocus", "1,2"], "--defocus has no meaning with --no-ctf"),
         (["--number", "0"], "--number"),
     ],
 )
@@ -506,6 +507,16 @@ def test_usage_errors(project, arguments, message):
     result = invoke("map.mrc", "-o", "sim", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(("level", "told"), [(0.0, False), (1.0, True)])
+def test_solvent_that_is_not_at_0_is_told(project, truth, level, told):
+    """The box that is projected would count as signal."""
+    volume = read_volume("map.mrc")
+    write_volume("level.mrc", volume.with_data(volume.data + level * volume.data.std()), label="t")
+    result = invoke("level.mrc", "-o", "sim", "--number", "2")
+    assert result.exit_code == 0
+    assert ("level.mrc: solvent at" in result.stderr) is told
 
 
 def test_map_from_standard_input(project, truth):

@@ -80,6 +80,17 @@ def test_without_maps_and_requests_the_logs_are_enough(run):
     assert "run_it010_class001" in (run / "cryored_report.html").read_text()
 
 
+def test_a_damaged_map_costs_its_picture(run):
+    damaged = run / "run_it010_class001_external_reconstruct.mrc"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    done = report(run)
+    assert done.exit_code == 0, done.stderr
+    assert "run_it010_class001_external_reconstruct.mrc: " in done.stderr and "no picture of it" in done.stderr
+    text = (run / "cryored_report.html").read_text()
+    assert "run_it010_class001" in text and 'alt="result, iteration 4, half 1"' in text
+    assert 'alt="result, iteration 10, joined"' not in text
+
+
 @pytest.mark.parametrize("line", ["5", "[1, 2]", "null", '{"fsc": null}', '{"time": "now", "weights": {}}'])
 def test_a_line_that_is_no_record_is_left_out(run, line):
     with (run / "run_it004_half1_class001_cryored.log").open("a") as log:

@@ -141,10 +141,30 @@ def test_a_checkpoint_of_another_recipe_is_refused(tables, tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_without_a_checkpoint_begins_anew(tables, tmp_path):
+def test_resuming_without_a_checkpoint_begins_anew(tables, tmp_path, caplog):
     steps = []
     train(tables, tmp_path / "p", replace(TINY, steps=2), resume=True, progress=lambda done, *_: steps.append(done))
     assert steps == [1, 2]
+    assert "p: no checkpoint to go on from; the training begins anew" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_that_is_replaced_is_not_gone_on_with(tables, tmp_path):
+    """Killed before its first checkpoint, the second run leaves none of the first."""
+    for options in ({"checkpoint_every": 0}, {"checkpoint_every": 1e9, "overwrite": True}):
+        with pytest.raises(Killed):
+            train(tables, tmp_path / "p", progress=killed_at(3), **options)
+    assert not (tmp_path / "p" / "checkpoint.npz").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("same", [True, False])
+def test_other_pairs_are_told_of(tables, tmp_path, caplog, same):
+    with pytest.raises(Killed):
+        train(tables, tmp_path / "p", checkpoint_every=0, progress=killed_at(3))
+    others = (tables[0] if same else tables[1],)
+    train(others, tmp_path / "p", replace(TINY, steps=4), resume=True)
+    assert ("goes on with other pairs than it began with" in caplog.text) is not same
 
 
 def test_a_finished_model_is_neither_replaced_nor_resumed_unasked(tables, uninterrupted):

@@ -380,6 +380,16 @@ def test_the_hook_gets_all_that_decides_the_answer(tmp_path, monkeypatch):
         assert {name: theirs.params[name] for name in expected} == expected
 
 
+def test_the_hook_finds_the_model_without_the_watchers_environment(tmp_path, monkeypatch):
+    """As in a batch job; a model of the same name elsewhere is another."""
+    monkeypatch.setenv("CRYORED_MODEL_PATH", str(tmp_path / "priors"))
+    (tmp_path / "priors").mkdir()
+    for name in ("mine", "cwred"):
+        blank_model(tmp_path / "priors" / name)
+        words = _hook_options(watch.make_context("watch", ["run", "--model", name]))
+        assert words[words.index("--model") + 1] == str((tmp_path / "priors" / name).resolve())
+
+
 @pytest.mark.parametrize(("model", "wanted"), [("prior", "prior"), ("./prior", "prior"), (".", "."), ("cwred", None)])
 def test_the_hook_finds_the_model_from_another_folder(tmp_path, monkeypatch, model, wanted):
     monkeypatch.chdir(tmp_path)

@@ -330,10 +330,14 @@ def test_a_signal_may_come_at_any_moment(project):
 
 @pytest.mark.slow
 def test_a_folder_that_is_deleted_ends_it(watch):
-    watcher = watch()
+    watcher = watch("--report", "page.html")
+    assert ended(hook(HALVES[0])) == (0, "")
+    until(Path("page.html").exists)
+    assert 'http-equiv="refresh"' in Path("page.html").read_text()
     shutil.rmtree("run")
     assert watcher.wait(10) == 1
-    assert "was deleted" in said(watcher)
+    assert "was deleted; start the watcher again where the run goes on" in said(watcher)
+    assert 'http-equiv="refresh"' not in Path("page.html").read_text()
 
 
 @pytest.mark.slow

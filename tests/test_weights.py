@@ -392,6 +392,16 @@ def test_the_evidence_compares_rules_and_leaves_structures_out():
     assert isinstance(parse_calibration(stored, "x"), Calibration)
 
 
+def test_a_structure_that_is_most_of_the_data_is_not_held_out(caplog):
+    """What is left without it does not make weights, but all together do."""
+    large = [synthetic("a", seed) for seed in range(6)]
+    small = moments("b", 8.0, *np.random.default_rng(0).standard_normal((3, 8, 8, 8), dtype=np.float32), np.ones(3))
+    stored = fit_weights([*large, small])
+    assert stored["precision"] == measure_weights([*large, small])["precision"]
+    assert stored["error"]["weights_held_out"] > 0
+    assert "a is judged by no weights of the others: 1 maps have shells in 0 bins" in caplog.text
+
+
 def test_maps_without_shells_are_refused():
     empty = np.zeros(3)
     with pytest.raises(InputError, match="1 maps have shells in 0 bins of FSC"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from cryored.assessment.noise_substitution import substituted_volumes
 from cryored.errors import InputError
-from cryored.files.belonging import AnyPath, auto_mask, check_pair, name_of, read_mask
+from cryored.files.belonging import AnyPath, auto_mask, check_pair, name_of, read_mask, warn_of_level
 from cryored.files.jobs import read_job
 from cryored.files.mrc import read_volume
 from cryored.maps.fsc import (
@@ -25,13 +25,11 @@ from cryored.maps.fsc import (
     shift_between,
 )
 from cryored.maps.mask import AUTO
-from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume
 from cryored.prior.models import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
 
-_LEVEL = 0.5  # of the solvent over the standard deviation, from which on it changes an FSC within a mask
 
 # Labels of `denoise` and `red-update`; with lambda 0, and of the unregularised map, no network had a say.
 _BY_NETWORK = re.compile(r"cryored \S+ ((?:denoise|red-update(?! lambda 0 \(MAP\)$| unregularised$)) .*)")
@@ -135,7 +133,7 @@ def fsc_files(map1: AnyPath, map2: AnyPath, options: FscOptions = FscOptions()) 
     _warn_of_doubtful(names, first, second)
     if mask is not None:
         for name, volume in zip(names, (first, second), strict=True):
-            _warn_of_level(name, volume)
+            warn_of_level(name, volume, "0 for an FSC within a mask")
     mask_name = None if options.mask is None else name_of(options.mask)
     return FscResult(names, mask_name, max(first.shape), voxel_size, unmasked, masked, substituted)
 
@@ -146,27 +144,16 @@ def fsc_job(folder: AnyPath, options: FscOptions = FscOptions()) -> FscResult:
     Raises
     ------
     InputError
-        As `fsc_files`; the folder is no job's, or holds no half-maps (yet).
+        As `fsc_files`; the folder is no job's, or holds no half-maps (yet), or no mask where one is needed.
     """
     job = read_job(os.fspath(folder))
     halves = job.need_halves()
     mask = job.mask if options.mask is None else options.mask
+    if mask is None and options.randomise_from is not None:
+        raise InputError(f"{folder}: no mask in this job, and --randomise-from has no meaning without; give --mask")
     angpix = job.pixel_size if options.angpix is None else options.angpix
     logger.info("%s and %s, %s", *halves, "no mask" if mask is None else f"mask {mask}")
     return fsc_files(*halves, replace(options, mask=mask, angpix=angpix))
-
-
-def _warn_of_level(name: str, volume: Volume) -> None:
-    """Warn of solvent that is not at 0: within a mask it is signal that both maps share."""
-    level, deviation = solvent_level(volume.data), float(volume.data.std())
-    if abs(level) > _LEVEL * deviation:
-        logger.warning(
-            "%s: solvent at %.3g, %.1f times the map's standard deviation, expected 0 for an FSC within a mask: "
-            "subtract it",
-            name,
-            level,
-            abs(level) / deviation,
-        )
 
 
 def _warn_of_doubtful(names: tuple[str, str], volume1: Volume, volume2: Volume) -> None:

@@ -13,6 +13,7 @@ from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import check_outputs, check_target
 from cryored.files.plots import new_figure, save_figure
 from cryored.maps.mask import relion_mask
+from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -105,10 +106,11 @@ def mask_file(path: str, output: str, options: MaskOptions) -> None:
 
 def _draw(path: str, volume: Volume, mask: Volume) -> None:
     figure = new_figure(9, 3.3)
+    level, white = solvent_level(volume.data), float(np.percentile(volume.data, 99.8))
+    black = min(level, white) - 0.3 * abs(white - level)
     for place, axis in enumerate(figure.subplots(1, 3)):
         middle = volume.shape[place] // 2
-        white = float(np.percentile(volume.data, 99.8))
-        axis.imshow(np.take(volume.data, middle, place), cmap="gray", vmin=-0.3 * white, vmax=white)
+        axis.imshow(np.take(volume.data, middle, place), cmap="gray", vmin=black, vmax=max(level, white))
         outline = np.take(mask.data, middle, place)
         axis.contour(outline, levels=[0.05, 0.95], colors=["tab:orange", "tab:red"], linewidths=0.9)
         axis.set(title=f"normal to {'zyx'[place]}", xticks=[], yticks=[])

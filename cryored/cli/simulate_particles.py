@@ -139,6 +139,8 @@ def particles(
 
     if given["scale"] is not None and "snr" in options.named(ctx):
         raise click.UsageError("--snr and --scale exclude each other: give one of them")
+    if not given["apply_ctf"] and "defocus_range" in options.named(ctx):
+        raise click.UsageError("--defocus has no meaning with --no-ctf.")
     views = Views(uneven, missing_cone, axis=(0.0, 0.0, 1.0))
     chosen = options.pick(ParticleOptions, given, microscope=options.pick(Microscope, given), views=views)
     with bar("particles", chosen.number) as advance:

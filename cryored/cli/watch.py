@@ -94,11 +94,15 @@ def _hook_options(ctx: click.Context) -> list[str]:
 
 
 def _found(model: str) -> str:
-    """Return a model's name as it is, and a folder that was named itself from the root."""
+    """Return the name of a model that comes with cryored as it is, and the folder of another from the root.
+
+    A job of a cluster may look for models in other places, and find another of that name or none.
+    """
+    from cryored.files.share import share_folders
     from cryored.prior.models import find_model
 
     folder = find_model(model).folder
-    return str(folder.resolve()) if folder == Path(model) else model
+    return model if folder.parent in share_folders("models") else str(folder.resolve())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import numpy as np
@@ -11,12 +12,16 @@ from cryored.files.mrc import read_volume
 from cryored.files.output import is_stream
 from cryored.files.requests import Request
 from cryored.maps.mask import relion_mask
+from cryored.maps.network_scale import solvent_level
 from cryored.maps.volume import Floats, Volume
 
 AnyPath = str | os.PathLike[str]
 
 SAME_SIZE = 0.01  # relative difference of pixel sizes below which two maps share a grid
 _MASK_TOLERANCE = 1e-6
+_LEVEL = 0.5  # of the solvent over the standard deviation, from which on it changes what is told of the molecule
+
+logger = logging.getLogger(__name__)
 
 
 def name_of(path: AnyPath) -> str:
@@ -94,6 +99,19 @@ def check_truth(name: str, truth: Volume, request: Request) -> None:
             f"{name}: {found} voxels of {truth.voxel_size:g} A, expected the run's {request.ori} of "
             f"{request.pixel_size:g} A; make it with cryored simulate map --box {request.ori} --angpix "
             f"{request.pixel_size:g}, or resample and crop it"
+        )
+
+
+def warn_of_level(name: str, volume: Volume, expected: str) -> None:
+    """Warn of solvent that is not at 0: it counts as signal, within a mask as in projections."""
+    level, deviation = solvent_level(volume.data), float(volume.data.std())
+    if abs(level) > _LEVEL * deviation:
+        logger.warning(
+            "%s: solvent at %.3g, %.1f times the map's standard deviation, expected %s: subtract it",
+            name,
+            level,
+            abs(level) / deviation,
+            expected,
         )
 
 

@@ -7,7 +7,6 @@ import gzip
 import io
 import logging
 import os
-import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from mrcfile.mrcinterpreter import MrcInterpreter
 
 from cryored import __version__
 from cryored.errors import InputError
-from cryored.files.output import is_stream, stdin_bytes, stdout_bytes, whole_file
+from cryored.files.output import is_stream, stdin_bytes, stdout_bytes, whole_file, write_stdout
 from cryored.maps.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ _MODES = (0, 1, 2, 3, 4, 6, 12, 101)
 _COMPLEX_MODES = (3, 4)
 _BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 6: 2, 12: 2}  # of a value, by mode; 101 packs two into one
 _HEADER_BYTES = 1024
+_BIG_ENDIAN = 0x11  # first byte of the machine stamp
 _DEFLATE_RATIO = 1032  # by which gzip can shrink at most (zlib's technical details)
 _FLOAT16_MAX = 65504.0
 _ISOTROPY = 1e-3  # relative difference of voxel edges below which they are called equal
@@ -87,6 +87,9 @@ def read_volume(path: str | os.PathLike[str], *, angpix: float | None = None) ->
     values = np.ascontiguousarray(transposed, dtype=np.float32)
     check_finite(values, name)
     origin = (float(header.origin.x), float(header.origin.y), float(header.origin.z))
+    if not np.isfinite(origin).all():
+        logger.warning("%s: its header has no origin that is a number; taken as 0", name)
+        origin = (0.0, 0.0, 0.0)
     return Volume(values, voxel_size, origin, (nstart[0], nstart[1], nstart[2]), _labels(header))
 
 
@@ -152,8 +155,7 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
     if largest > _FLOAT16_MAX:
         raise InputError(f"{os.fspath(path)}: values up to {largest:g}, but float16 ends at 65504; write float32")
     if is_stream(path):
-        stdout_bytes().write(_encode(volume, text, float16))
-        sys.stdout.flush()
+        write_stdout(_encode(volume, text, float16), stdout_bytes())
         return
     suffix = Path(path).suffix.lower()
     with whole_file(path) as partial:
@@ -243,6 +245,8 @@ def _check_header(stream: BinaryIO, name: str, most: float) -> None:
     if not set(modes) & set(_MODES):
         raise InputError(f"{name}: no MRC file (its mode would be {modes[0]}), expected a map")
     order = "<" if modes[0] in _MODES else ">"
+    if modes[0] == modes[1] and header[212] == _BIG_ENDIAN:  # mode 0 reads the same in either
+        order = ">"
     nx, ny, nz, mode = np.frombuffer(header[:16], f"{order}i4").tolist()
     extended = int(np.frombuffer(header[92:96], f"{order}i4")[0])
     asked = _HEADER_BYTES + max(extended, 0) + abs(nx * ny * nz) * _BYTES.get(mode, 1)

@@ -144,6 +144,8 @@ def source_resolution(path: str, angpix: float | None = None) -> float:
             project = project_folder(Path(path))
             request = with_fsc(read_request_file(os.path.relpath(path, project), folder=project, angpix=angpix))
         return request.nominal_resolution()
+    if angpix is not None:
+        raise InputError(f"{path}: a table with resolutions of its own, to which --angpix does not apply; leave it out")
     curve = read_fsc_table(path)
     return nominal_resolution(curve.frequency, curve.fsc)
 

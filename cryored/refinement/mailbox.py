@@ -243,7 +243,7 @@ class Presence:
                 else:
                     self.lost = f"{self.path}: {_watcher(fields)} took over"
         except FileNotFoundError:
-            self.lost = f"{self.path}: was deleted"
+            self.lost = f"{self.path}: was deleted; start the watcher again where the run goes on"
         except OutputError as error:
             self.lost = str(error)
         except OSError as error:

@@ -64,9 +64,14 @@ class Logged:
         found = {}
         for kind, ending in files.items():
             path = self.path.with_name(f"{self.entry.name}{ending}")
-            if path.is_file():
+            if not path.is_file():
+                continue
+            try:
                 data = read_volume(path).data
-                found[kind] = data[len(data) // 2]
+            except InputError as error:
+                logger.warning("%s; no picture of it", error)
+                continue
+            found[kind] = data[len(data) // 2]
         return found
 
 

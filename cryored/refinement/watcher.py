@@ -434,24 +434,26 @@ def watch_folder(
 
         told = False
         table.state("waiting")
-        while not stop() and not (told and options.until_done):
-            presence.check()
-            orders: Sequence[Order] = handed_over() or (looking.orders() if looking else [])
-            if orders:
-                table.state(f"busy {_name(orders[0])}")
-                server.serve(orders, handed_over)
-                if pages is not None and (stop() or not inbox.waiting()):
-                    _keep(pages.write)
-                table.state("waiting")
-                told = False
-            elif end.has_come() and not told:  # looked for in any case: one end may leave several traces
-                told = True
-                logger.info("%s: RELION has ended the run", folder)
-                table.state("RELION has ended the run")
-            else:
-                time.sleep(_LOOK_EVERY)
-        if pages is not None:
-            _keep(lambda: pages.close(run_state(place)))
+        try:
+            while not stop() and not (told and options.until_done):
+                presence.check()
+                orders: Sequence[Order] = handed_over() or (looking.orders() if looking else [])
+                if orders:
+                    table.state(f"busy {_name(orders[0])}")
+                    server.serve(orders, handed_over)
+                    if pages is not None and (stop() or not inbox.waiting()):
+                        _keep(pages.write)
+                    table.state("waiting")
+                    told = False
+                elif end.has_come() and not told:  # looked for in any case: one end may leave several traces
+                    told = True
+                    logger.info("%s: RELION has ended the run", folder)
+                    table.state("RELION has ended the run")
+                else:
+                    time.sleep(_LOOK_EVERY)
+        finally:  # also where the place is lost
+            if pages is not None:
+                _keep(lambda: pages.close(run_state(place)))
         table.state("ended")
 
 

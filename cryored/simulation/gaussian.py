@@ -65,9 +65,9 @@ class Draw:
 def draw_map(box: int, angpix: float, *, rng: np.random.Generator) -> Draw:
     """Draw at random: four of five as later iterations of a refinement, one of five as its first.
 
-    Later iterations have a nominal resolution between 1.1 times Nyquist and 18 A and alignment errors of about
-    0.7 degrees for each angstrom, as measured in refinements of 600 particles; the first is cut where the FSC is
-    still high, and its errors are those of the start.
+    Later iterations have a nominal resolution between 1.1 times Nyquist and 18 A (at coarser pixels 1.1 times Nyquist)
+    and alignment errors of about 0.7 degrees for each angstrom, as measured in refinements of 600 particles; the first
+    is cut where the FSC is still high, and its errors are those of the start.
     """
     nyquist = box // 2
     length = box * angpix
@@ -76,7 +76,7 @@ def draw_map(box: int, angpix: float, *, rng: np.random.Generator) -> Draw:
         level, cut = rng.uniform(0.4, 0.97), int(shell) + 1
         smear = rng.uniform(3.0, 12.0)
     else:
-        resolution = np.exp(rng.uniform(np.log(2.2 * angpix), np.log(18.0)))
+        resolution = np.exp(rng.uniform(np.log(2.2 * angpix), np.log(max(2.2 * angpix, 18.0))))
         shell = length / resolution
         level, cut = 0.143, int(shell) + 1 + int(rng.integers(1, 12))
         smear = 0.7 * resolution * rng.uniform(0.0, 1.3)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import InputError
+from cryored.files.belonging import warn_of_level
 from cryored.files.mrc import Stack, new_stack, read_volume, write_volume
 from cryored.files.output import check_outputs, check_target, is_stream
 from cryored.files.star import Column, Table, write_star
@@ -322,6 +323,8 @@ def simulate_particles_file(
     name = "standard input" if is_stream(map_path) else os.fspath(map_path)
     volume = read_volume(map_path, angpix=options.angpix)
     _check_map(name, volume)
+    if options.scale is None and options.is_noisy:
+        warn_of_level(name, volume, "0, as the signal is all that is projected")
     box, voxel_size = len(volume.data), volume.voxel_size
     colour = noise_filter(read_spectrum(options.noise), box, voxel_size) if options.is_coloured else None
 

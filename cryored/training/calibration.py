@@ -14,6 +14,7 @@ Where c is of a solvent mask, t, r and f are taken within it: RELION takes away 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from cryored.reconstruction.sums import load_sums
 from cryored.reconstruction.update import inverse_prior, reconstruct
 from cryored.training.batches import Input
 from cryored.training.evaluation import Array, Denoise
+
+logger = logging.getLogger(__name__)
 
 # FSC, edges of the bins. Fewer points than shells in a map, so that the noise of one shell's FSC decides nothing.
 EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9999)
@@ -222,7 +225,12 @@ def fit_weights(maps: Sequence[Moments]) -> dict[str, Any]:
     for structure in structures:
         mine = [item for item in maps if item.structure == structure]
         others = [item for item in maps if item.structure != structure]
-        judged = rules | ({"weights_held_out": _weigh(measure_weights(others))} if others else {})
+        judged = dict(rules)
+        if others:
+            try:
+                judged["weights_held_out"] = _weigh(measure_weights(others))
+            except InputError as error:
+                logger.warning("%s is judged by no weights of the others: %s", structure, error)
         for name, weigh in judged.items():
             ratios = [item.error(*weigh(item.fsc)) / item.error(item.fsc, np.zeros_like(item.fsc)) for item in mine]
             errors[name].append(float(np.mean(np.concatenate(ratios))))

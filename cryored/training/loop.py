@@ -228,6 +228,8 @@ class State:
         That they took.
     losses : list of float
         Of the last steps.
+    pairs : str
+        Stands for the pairs that are trained on.
     held_out : str
         Names the validation pairs: the best of others does not count.
     best_step, best : int, float
@@ -239,6 +241,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    pairs: str = ""
     held_out: str = ""
     best_step: int = 0
     best: float = math.inf

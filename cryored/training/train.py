@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import logging
 import platform
 from collections.abc import Sequence
@@ -100,6 +101,11 @@ class _Pairs:
     voxel_size: float
     left_out: int
 
+    def digest(self) -> str:
+        """Return what stands for the pairs that are trained on, wherever their files lie."""
+        names = sorted(f"{Path(row.noisy).name} {row.structure} {row.resolution:.4f}" for row in self.rows)
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
 
 def train_files(
     tables: Sequence[str],
@@ -140,6 +146,10 @@ def train_files(
     first = None if options.start is None else _start_model(options.start, recipe, pairs.voxel_size)
     truths = read_truths(pairs.rows) if recipe.synthesised else None
     target.mkdir(parents=True, exist_ok=True)
+    if not goes_on:
+        if options.resume:
+            logger.warning("%s: no checkpoint to go on from; the training begins anew", target)
+        (target / CHECKPOINT).unlink(missing_ok=True)  # killed before its first, this one shall not go on from that
     device_name = device.set_up(options.gpu, options.threads)
     if recipe.mixed_precision and device_name == "torch, CPU":
         raise ModelError(
@@ -202,6 +212,10 @@ def _steps(
         if first is not None:
             network.set_weights(load_network(first).get_weights())
         state = load_checkpoint(target / CHECKPOINT, network, recipe) if goes_on else State()
+        digest = pairs.digest()
+        if goes_on and state.pairs != digest:
+            logger.warning("%s: the training goes on with other pairs than it began with", target)
+        state = dataclasses.replace(state, pairs=digest)
         names = options.validation or ""
         if state.held_out != names:
             state = dataclasses.replace(state, held_out=names, best_step=0, best=np.inf, best_weights=[])
