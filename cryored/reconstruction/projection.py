@@ -294,12 +294,17 @@ def ctf(
     (n, n // 2 + 1) or (m, n, n // 2 + 1) float32, zero frequency at [..., 0, 0]
     """
     u, v, axis = (np.asarray(a, dtype=np.float64)[..., None, None] for a in (defocus_u, defocus_v, angle))
-    volt = 1e3 * voltage_kv
-    wavelength = 12.2643247 / np.sqrt(volt * (1.0 + 0.978466e-6 * volt))  # angstrom, relativistic
     y = frequencies(box)[:, None] / (box * voxel_size)
     x = half_frequencies(box)[None, :] / (box * voxel_size)
     squared = x**2 + y**2
     azimuth = np.arctan2(y, x) - np.deg2rad(axis)
     defocus = 0.5 * (u + v + (u - v) * np.cos(2.0 * azimuth))
+    return transfer(squared, defocus, voltage_kv, cs_mm, amplitude_contrast)
+
+
+def transfer(squared: Doubles, defocus: Doubles, voltage_kv: float, cs_mm: float, amplitude_contrast: float) -> Singles:
+    """Return `ctf` at squared frequencies in 1/angstrom**2, of an underfocus in angstrom; the two are broadcast."""
+    volt = 1e3 * voltage_kv
+    wavelength = 12.2643247 / np.sqrt(volt * (1.0 + 0.978466e-6 * volt))  # angstrom, relativistic
     phase = np.pi * wavelength * defocus * squared - 0.5 * np.pi * 1e7 * cs_mm * wavelength**3 * squared**2
     return np.asarray(np.sin(phase + np.arcsin(amplitude_contrast)), dtype=np.float32)

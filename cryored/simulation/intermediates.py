@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -30,6 +30,7 @@ from cryored.simulation.density import gaussian_map
 from cryored.simulation.features import draw_features, draw_views, featured_map
 from cryored.simulation.gaussian import turned
 from cryored.simulation.pair_table import Array, Pair
+from cryored.simulation.particles import Microscope
 from cryored.simulation.structure import Atoms
 
 ROUNDS = (1.0, 0.5, 0.25)  # width of the search about the best pose so far, in spreads; one round after the other
@@ -324,7 +325,7 @@ def _make_halves(
     rotations = views.draw(number, rng=rng)
     slices = Projector(truth).slices(rotations)
     defocus = rng.uniform(*experiment.defocus, size=number)
-    transfer = ctf(box, angpix, defocus, defocus, 0.0, 300.0, 2.7, 0.1)
+    transfer = ctf(box, angpix, defocus, defocus, 0.0, *astuple(Microscope()))
     slices *= transfer
     # Pixel variance of the clean images, by Parseval: the columns x > 0 of a half-transform stand for two.
     power = slices.real**2 + slices.imag**2

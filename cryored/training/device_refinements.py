@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from cryored.maps.fourier import frequencies
 from cryored.maps.fsc import nominal_resolution
 from cryored.maps.truth_scale import RELIABLE
 from cryored.maps.volume import soft_sphere, squared_distance
-from cryored.reconstruction.projection import EVEN, Views, perturb
+from cryored.reconstruction.projection import EVEN, Views, perturb, transfer
 from cryored.simulation.intermediates import (
     INCREASE,
     JOIN,
@@ -36,6 +36,7 @@ from cryored.simulation.intermediates import (
     Experiment,
     next_radius,
 )
+from cryored.simulation.particles import Microscope
 
 _USED = 16  # most probable poses of a particle that are back-projected
 _AT_A_TIME = 1 << 22  # interpolated coefficients
@@ -291,12 +292,7 @@ class _Particles:
         true = self._true_slices(truth, rotations)
         defocus = rng.uniform(*experiment.defocus, size=number)
         squared = (refiner._plane_radius / (box * refiner._voxel_size)) ** 2
-        # See `cryored.reconstruction.projection.ctf`: 300 kV, Cs 2.7 mm, 10 % amplitude contrast.
-        wavelength = 0.019687
-        phase = np.pi * wavelength * np.multiply.outer(defocus, squared) - (
-            0.5 * np.pi * 2.7e7 * wavelength**3 * squared**2
-        )
-        self._ctf = _tensor(np.sin(phase + np.arcsin(0.1)))
+        self._ctf = _tensor(transfer(squared, defocus[:, None], *astuple(Microscope())))
         images = true * self._ctf[:, :, None]
         power = float(ops.sum(ops.square(images[:, 1:]))) * 2 / number  # the mean of an image is no signal
         noise = power / box**2 / experiment.snr
