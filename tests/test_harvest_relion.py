@@ -188,8 +188,8 @@ def test_two_structures_of_one_name():
         (["--snr", "0.1,x"], "'0.1,x', expected numbers above 0 as in 0.15,0.06"),
         (["--snr", "0"], "'0', expected numbers above 0"),
         (["--snr", "inf"], "'inf', expected numbers above 0"),
-        (["--shard", "3/2"], "'3/2', expected a part of all as in 2/4"),
-        (["--shard", "2"], "'2', expected a part of all"),
+        (["--shard", "3/2"], "'3/2', expected i/n with i from 1 to n, as in 2/8"),
+        (["--shard", "2"], "'2', expected i/n with"),
         (["--jobs", "0"], "0 is not in the range"),
     ],
 )

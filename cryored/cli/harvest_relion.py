@@ -29,16 +29,6 @@ def ratios(_: click.Context, __: click.Parameter, value: str) -> tuple[float, ..
     return found
 
 
-def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    try:
-        first, step = (int(text) for text in value.split("/"))
-    except ValueError:
-        first, step = 0, 0
-    if not 1 <= first <= step:
-        raise click.BadParameter(f"'{value}', expected a part of all as in 2/4")
-    return first, step
-
-
 @click.command(
     "harvest-relion",
     cls=Program,
@@ -71,7 +61,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @click.option("--part", default="train", show_default=True, help="Part of the split that all structures have to be of.")
 @click.option(
     "--shard",
-    callback=_shard,
+    callback=options.read_shard,
     default="1/1",
     show_default=True,
     metavar="I/N",

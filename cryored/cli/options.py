@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -54,6 +55,16 @@ def pick(kind: type[D], given: Mapping[str, Any], **more: Any) -> D:
 def named(ctx: click.Context) -> set[str]:
     """Return the options that the user named, in the shell or in the environment."""
     return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
+def read_shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """Read which part of the work a machine does, as in 2/8: a callback of an option."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"'{value}', expected i/n with i from 1 to n, as in 2/8")
+    return int(match[1]), int(match[2])
 
 
 def verbosity(ctx: click.Context) -> int:

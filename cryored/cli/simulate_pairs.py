@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
@@ -13,15 +12,6 @@ from cryored.simulation.methods import METHODS
 
 # Options that say how to simulate, which a refinement that has been run leaves no choice of.
 _OF_SIMULATION = ("method", "number", "box", "resolution", "seed", "shard", "skip_bad", "jobs", "scheduler")
-
-
-def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", value)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise click.BadParameter(f"'{value}', expected i/n with i from 1 to n, as in 2/8")
-    return int(match[1]), int(match[2])
 
 
 @click.command("pairs", short_help="Make training pairs from atomic models, or of a refinement.")
@@ -57,7 +47,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option(
     "--shard",
-    callback=_shard,
+    callback=options.read_shard,
     metavar="i/n",
     help="For job arrays: do the i-th of n parts of the work. When all are done, the same command without --shard "
     "collects them.",
@@ -137,6 +127,7 @@ def simulate_pairs(
 
 
 def _given(ctx: click.Context, option: str) -> bool:
+    # Not in the environment, where it may be meant for other calls.
     return ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 

@@ -46,6 +46,12 @@ def half_frequencies(n: int) -> Integers:
     return np.arange(n // 2 + 1, dtype=np.int32)
 
 
+def multiplicity(n: int) -> npt.NDArray[np.float32]:
+    """Return of how many coefficients of the whole transform those of a half-transform's n // 2 + 1 columns stand."""
+    # All but those of x = 0 and of Nyquist have a conjugate that is left out.
+    return np.where((2 * half_frequencies(n)) % n == 0, 1, 2).astype(np.float32)
+
+
 def squared_radius(n: int) -> Integers:
     """Return k**2 of the half-transform of a cube, in squared Fourier voxels: (n, n, n // 2 + 1) int32."""
     full = frequencies(n) ** 2

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cryored.maps.fourier import Complexes, forward, shell_index, shell_mean, shell_power
+from cryored.maps.fourier import Complexes, forward, multiplicity, shell_index, shell_mean, shell_power
 from cryored.maps.volume import Volume
 from cryored.prior.models import ModelCard
 
@@ -104,13 +104,11 @@ def raise_sigma(sigma: Array, weighted: Volume, denoised: Volume, fsc: Curve, *,
 
 def _coefficients(shape: tuple[int, int, int]) -> npt.NDArray[np.float64]:
     """Return how many coefficients of the whole transform are in each shell up to Nyquist."""
-    twice = np.full(shape[2] // 2 + 1, 2.0)
-    twice[0] = 1
-    if shape[2] % 2 == 0:
-        twice[-1] = 1
     index = shell_index(shape)
     size = max(shape) // 2 + 1
-    count = np.bincount(index.ravel(), weights=np.broadcast_to(twice, index.shape).ravel(), minlength=size)
+    count = np.bincount(
+        index.ravel(), weights=np.broadcast_to(multiplicity(shape[2]), index.shape).ravel(), minlength=size
+    )
     return np.asarray(count[:size], dtype=np.float64)
 
 

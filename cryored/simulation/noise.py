@@ -13,7 +13,7 @@ import scipy.fft
 
 from cryored.errors import InputError
 from cryored.files.star import Star, read_star
-from cryored.maps.fourier import frequencies, half_frequencies
+from cryored.maps.fourier import frequencies, half_frequencies, multiplicity
 
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -60,8 +60,7 @@ def noise_filter(spectrum: Spectrum, box: int, voxel_size: float) -> Singles:
     """
     x, y = half_frequencies(box), frequencies(box)[:, None]
     power = np.interp(np.hypot(y, x) / (box * voxel_size), spectrum.frequency, spectrum.power)
-    copies = np.where((x == 0) | (2 * x == box), 1, 2)  # the half-transform leaves out the conjugates
-    return np.sqrt(power / ((copies * power).sum() / box**2)).astype(np.float32)
+    return np.sqrt(power / ((multiplicity(box) * power).sum() / box**2)).astype(np.float32)
 
 
 def draw_noise(streams: Sequence[np.random.Generator], box: int, colour: Singles | None = None) -> Singles:

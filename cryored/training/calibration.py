@@ -28,7 +28,7 @@ from cryored.errors import InputError
 from cryored.files.belonging import check_truth, read_mask
 from cryored.files.mrc import read_volume
 from cryored.files.requests import ENDING, parts_of, read_request_file
-from cryored.maps.fourier import forward, half_frequencies, shell_index
+from cryored.maps.fourier import forward, multiplicity, shell_index
 from cryored.maps.truth_scale import grey_scale
 from cryored.maps.volume import Floats, Volume
 from cryored.prior.weights import Calibration
@@ -105,7 +105,7 @@ def moments(
     if mask is not None:
         truth, noisy, denoised = truth * mask, noisy * mask, denoised * mask
     index = shell_index(shape).ravel()
-    twice = np.where((half_frequencies(shape[2]) * 2) % shape[2] == 0, 1.0, 2.0).astype(np.float32)
+    twice = multiplicity(shape[2])
     t, r, f = forward(truth), forward(noisy), forward(denoised)
 
     def by_shell(a: Any, b: Any) -> Floats:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter1d
 
 from cryored.errors import InputError
-from cryored.maps.fourier import half_frequencies, shell_index, spatial_frequency
+from cryored.maps.fourier import multiplicity, shell_index, spatial_frequency
 from cryored.maps.fsc import nominal_resolution
 from cryored.maps.network_scale import REFERENCE_VOLUME
 from cryored.maps.volume import soft_sphere, squared_distance
@@ -106,13 +106,12 @@ class Synthesis:
         shape = (box, box, box)
         s = _kx_first(spatial_frequency(shape, voxel_size))
         index = np.minimum(_kx_first(shell_index(shape)), self._shells)
-        both = np.where(np.isin(half_frequencies(box), (0, box / 2)), 1.0, 2.0)  # coefficients that each one stands for
         self._truths = _on_device(stored, stored.dtype.name)
         self._levels = _on_device(levels)
         self._index = _on_device(index, "int32")
         self._square = _on_device(s**2)  # of the frequency, in 1/angstrom**2
         self._counts = _on_device(np.bincount(index.ravel(), minlength=self._shells + 1))
-        self._multiplicity = _on_device(both[:, None, None])
+        self._multiplicity = _on_device(multiplicity(box)[:, None, None])
         self._radius = _on_device(2 / box * np.sqrt(squared_distance(shape)))  # of a voxel, in halves of the box
         self._sphere = _on_device(soft_sphere(shape, *(share * box for share in SPHERE)))
         self._smoothing = _on_device(gaussian_filter1d(np.eye(self._shells), SMOOTHING, axis=0))

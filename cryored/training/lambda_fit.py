@@ -27,7 +27,7 @@ import numpy as np
 
 from cryored.errors import InputError
 from cryored.files.output import check_target, write_text
-from cryored.maps.fourier import Complexes, forward, half_frequencies, shell_index
+from cryored.maps.fourier import Complexes, forward, multiplicity, shell_index
 from cryored.maps.volume import Floats, Volume
 from cryored.prior.lambda_schedule import Schedule
 from cryored.prior.models import check_weights, find_model, write_card
@@ -143,8 +143,7 @@ def shell_sums(pair: Pair, denoised: Array, voxel_size: float) -> ShellSums:
     open_part = truth - fsc[index] * forward(pair.noisy)
     prior = (1 - fsc)[index] * forward(denoised)
 
-    # All but the planes x = 0 and Nyquist stand for two coefficients each.
-    twice = np.where((half_frequencies(shape[2]) * 2) % shape[2] == 0, 1.0, 2.0).astype(np.float32)
+    twice = multiplicity(shape[2])
 
     def by_shell(a: Complexes, b: Complexes) -> Floats:
         weights = (a.real * b.real + a.imag * b.imag) * twice
