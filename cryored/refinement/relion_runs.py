@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cryored.errors import CryoredError, InputError
+from cryored.files.belonging import SAME_SIZE
 from cryored.files.mrc import read_volume, write_volume
 from cryored.files.output import write_text
 from cryored.maps.mask import soft_mask
@@ -46,7 +47,6 @@ MASK = "solvent_mask.mrc"  # in the folder of the run that it was made from
 _MASK_THRESHOLD = 0.2  # of the filtered map's peak; the solvent of a map at 15 A lies below
 
 _MAPS = (".mrc", ".map")
-_SAME_PIXEL = 0.01  # relative difference of pixel sizes that are one
 _POLL = 0.2  # seconds between looks at a running refinement
 _PATIENCE = 10.0  # seconds for mpirun to end its ranks before all are killed
 _WATCHERS_PATIENCE = 60.0  # seconds for a watcher to end
@@ -146,7 +146,7 @@ def make_data(
 
 def _given_map(path: str, box: int, angpix: float) -> Volume:
     volume = read_volume(path)
-    if volume.shape != (box,) * 3 or abs(volume.voxel_size / angpix - 1) > _SAME_PIXEL:
+    if volume.shape != (box,) * 3 or abs(volume.voxel_size / angpix - 1) > SAME_SIZE:
         raise InputError(
             f"{path}: {volume.shape} voxels (z, y, x) of {volume.voxel_size:g} A, expected {box} cubed of {angpix:g} "
             "A; give its own box and pixel size"
