@@ -21,8 +21,10 @@ from cryored.maps.fsc import nominal_resolution
 _GENERAL = "external_reconstruct_general"
 _TAU2 = "external_reconstruct_tau2"
 ENDING = "_external_reconstruct"  # of a request's name, before ".star"
-# run_it003_half1_class001, run_ct5_it006_class002, run_it002_body001 ...
-_ROOT = re.compile(r"(?P<run>.*)_it(?P<iteration>\d+)(?P<half>_half[12])?(?:_(?:class|body)\d+)+$")
+# A name without it: run_it003_half1_class001, run_ct5_it006_class002 of a run that was continued, run_it002_body001 ...
+NAME = re.compile(
+    r"(?P<run>.+?)(?P<continued>_ct\d+)?_it(?P<iteration>\d+)(?:_half(?P<half>[12]))?(?:_(?:class|(?P<body>body))\d+)+$"
+)
 _ITERATION = re.compile(r"_it(\d+)_")
 
 CURRENT = Path()  # the current folder, without its name
@@ -115,10 +117,10 @@ class Request:
 
 def parts_of(name: str) -> tuple[int | None, int | None]:
     """Return iteration and half that a name such as ``run_it003_half1_class001`` tells of, None where it does not."""
-    match = _ROOT.match(name)
+    match = NAME.match(name)
     if match is None:
         return None, None
-    return int(match.group("iteration")), int(match.group("half")[-1]) if match.group("half") else None
+    return int(match["iteration"]), int(match["half"]) if match["half"] else None
 
 
 def is_joined(request: Request) -> bool:
@@ -314,8 +316,8 @@ def _solvent_mask(request: Path, folder: Path) -> Path | None:
 
 def _beside(request: Path, kind: str) -> Iterator[Path]:
     """Yield a kind of RELION's STAR files beside a request: its own run's first, the latest iteration first."""
-    match = _ROOT.match(str(request.with_suffix("").name).removesuffix(ENDING))
-    run = match.group("run") if match else None
+    match = NAME.match(str(request.with_suffix("").name).removesuffix(ENDING))
+    run = match["run"] + (match["continued"] or "") if match else None
 
     def order(path: Path) -> tuple[bool, int]:
         found = _ITERATION.search(path.name)

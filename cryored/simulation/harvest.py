@@ -14,7 +14,7 @@ import numpy as np
 from cryored.errors import InputError
 from cryored.files.belonging import check_truth
 from cryored.files.mrc import read_volume, write_volume
-from cryored.files.requests import Request, read_request_file
+from cryored.files.requests import ENDING, NAME, Request, read_request_file
 from cryored.maps.fourier import apply_shells
 from cryored.maps.fsc import shell_correlation
 from cryored.maps.truth_scale import RELIABLE, grey_scale, reliable_shells
@@ -26,9 +26,6 @@ from cryored.simulation.split import check_split
 
 logger = logging.getLogger(__name__)
 
-_ENDING = "_external_reconstruct.star"
-# run_it003_half1_class001, run_ct5_it006_class002 ...; a run that was continued stays the same run.
-_ROOT = re.compile(r"(?P<run>.+?)(?:_ct\d+)?_it\d+(?:_half(?P<half>[12]))?(?:_(?:class|(?P<body>body))\d+)+$")
 _LEAST_OVERLAP = 0.3  # the wrong hand or origin gives less than 0.2, the right ones give 0.6 and more
 
 
@@ -254,18 +251,18 @@ def find_requests(run: str) -> list[Path]:
     stars = [star for star in _stars(path.parent) if star.name.startswith(begins)]
     if not stars:
         raise InputError(
-            f"{run}: neither a folder with requests (*{_ENDING}) nor the beginning of their names, expected a run of "
-            "relion_refine --external_reconstruct"
+            f"{run}: neither a folder with requests (*{ENDING}.star) nor the beginning of their names, expected a run "
+            "of relion_refine --external_reconstruct"
         )
     return stars
 
 
 def _stars(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"*{_ENDING}"))
+    return sorted(folder.glob(f"*{ENDING}.star"))
 
 
 def _match(star: Path) -> re.Match[str] | None:
-    return _ROOT.match(star.name.removesuffix(_ENDING))
+    return NAME.match(star.name.removesuffix(f"{ENDING}.star"))
 
 
 def _half_requests(stars: list[Path], angpix: float | None, left_out: list[str]) -> list[Request]:
