@@ -295,6 +295,14 @@ def test_a_folder_without_permission(tmp_path):
     assert "is not writable" in done.stderr
 
 
+def test_usage_errors_name_the_environment(monkeypatch):
+    monkeypatch.setenv("CRYORED_RED_UPDATE_TRUST", "0.5")
+    done = CliRunner().invoke(cli, ["red-update", "x.star", "--lambda", "0"])
+    assert done.exit_code == 2
+    assert "eq. 17 knows none. (Set in the environment: CRYORED_RED_UPDATE_TRUST.)" in done.stderr
+    assert done.stderr.startswith("Usage: cryored red-update")
+
+
 def test_options_come_from_the_environment_too(tmp_path):
     done = invoke(*MAP[:3], "-o", tmp_path / "a.mrc", env={"CRYORED_SIMULATE_MAP_BOX": "70"})
     assert done.exit_code == 0, done.stderr

@@ -147,6 +147,35 @@ def test_the_mask_takes_part_in_the_fsc_of_a_half():
     assert found["inside"] < 3.7  # RELION's own postprocess of it: 3.56 A
 
 
+@pytest.mark.parametrize("kind", ["tsv", "star"])
+def test_a_table_gives_the_curve_of_the_mask_that_is_put_on(kind):
+    """By an FSC within a mask the solvent of a whole map would get too much weight."""
+    if kind == "tsv":
+        told = CliRunner().invoke(cli, ["fsc", *map(str, HALVES), "--mask", str(PKA / "mask.mrc"), "-q"])
+        Path("fsc.tsv").write_text(told.stdout)
+        table = "fsc.tsv"
+    else:
+        table = str(PKA / "postprocess.star")
+    whole = denoise(HALVES[0], "--fsc", table, "-o", "whole.mrc")
+    assert whole.exit_code == 0, whole.stderr
+    assert "weighted by its FSC (between the halves 0.143 at 4.57 A)" in whole.stderr
+    assert denoise(HALVES[0], "--half2", HALVES[1], "-o", "direct.mrc").exit_code == 0
+    np.testing.assert_allclose(of("whole.mrc"), of("direct.mrc"), atol=1e-4 * np.abs(of("direct.mrc")).max())
+    inside = denoise(HALVES[0], "--fsc", table, "--mask", PKA / "mask.mrc", "-o", "inside.mrc")
+    assert re.search(r"weighted by its FSC within the mask \(between the halves 0.143 at 3\.\d+ A\)", inside.stderr)
+
+
+def test_a_table_of_a_mask_alone_is_warned_of(tmp_path):
+    Path("fsc.tsv").write_text("frequency\tfsc\n0.01\t0.99\n0.1\t0.9\n0.33\t0.1\n")
+    done = denoise(HALVES[0], "--fsc", "fsc.tsv", "--mask", PKA / "mask.mrc", "-o", "out.mrc")
+    assert "weighted by its FSC (between" in done.stderr  # nobody says that it is within the mask
+    star = "data_fsc\nloop_\n_rlnResolution #1\n_rlnFourierShellCorrelationCorrected #2\n0.01 0.99\n0.1 0.9\n0.33 0.1\n"
+    Path("fsc.star").write_text(star)
+    done = denoise(HALVES[0], "--fsc", "fsc.star", "-o", "whole.mrc")
+    assert "fsc.star: an FSC within a mask alone, by which the solvent of" in done.stderr
+    assert "weighted by its FSC within the mask (between" in done.stderr
+
+
 def test_halves_that_are_alike_to_nyquist_are_not_corrected_for_the_mask(truth):
     noise = np.random.default_rng(0).standard_normal((2, *truth.shape)).astype(np.float32) * truth.data.std()
     noise = [gaussian_filter(one, 1.0) for one in noise]

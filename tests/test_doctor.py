@@ -224,6 +224,38 @@ def test_a_question_that_fails_is_an_answer(monkeypatch):
     assert second.state == "ok"
 
 
+@pytest.mark.parametrize("where", ["command", "environment"])
+def test_a_hook_that_the_second_request_would_stop_at(project, monkeypatch, where):
+    if where == "command":
+        monkeypatch.setenv(VARIABLE, f"{project / HOOK.name} --unregularised raw.mrc")
+    else:
+        monkeypatch.setenv("CRYORED_RED_UPDATE_UNREGULARISED", "raw.mrc")
+    finding = only(doctor.hook)
+    assert finding.state == "error"
+    assert "--unregularised without {root} in the name: one file for all requests" in finding.text
+    assert not Path("raw.mrc").exists()
+
+
+@pytest.mark.parametrize(
+    ("hook", "variable", "words", "expected"),
+    [
+        ("hook", "", [], "cwred"),
+        ("hook --model cwred-paper", "", [], "cwred-paper"),
+        ("hook --model=cwred-paper", "cwred-gaussian", [], "cwred-paper"),
+        ("hook", "cwred-gaussian", [], "cwred-gaussian"),
+        ("hook --model cwred-paper", "", ["--model", "cwred"], "cwred"),
+    ],
+)
+def test_the_model_is_that_of_the_hook(monkeypatch, hook, variable, words, expected):
+    monkeypatch.setattr(doctor, "QUESTIONS", (doctor.model,))
+    monkeypatch.setenv(VARIABLE, hook)
+    monkeypatch.setenv("CRYORED_RED_UPDATE_MODEL", variable)
+    done = CliRunner().invoke(cli, ["doctor", *words])
+    assert done.exit_code == 0
+    assert f"model       {expected} (" in done.stdout
+    assert CliRunner().invoke(cli, ["doctor", "-q", *words]).stdout == ""  # only errors
+
+
 def test_a_hook_whose_path_reads_like_the_placeholder(project, monkeypatch):
     folder = project / "STARLING"
     folder.mkdir()

@@ -200,10 +200,18 @@ def test_nothing_is_taken_from_another_project(refined, tmp_path_factory, monkey
         _ = read_job(folder).mask
 
 
+def test_a_class3d_under_way_has_no_halves_to_wait_for(project):
+    folder = Path("Class3D/job015")
+    star(folder / "run_it012_optimiser.star", DoSplitRandomHalves=0, NumberOfIterations=25)
+    done = CliRunner().invoke(cli, ["fsc", str(folder)])
+    assert done.exit_code == 1
+    assert "as in Class3D, which has no halves" in done.stderr
+
+
 def test_another_folder(project):
     done = CliRunner().invoke(cli, ["fsc", "."])
     assert done.exit_code == 1
-    assert "no job of RELION's, expected the folder of a Refine3D, Class3D, PostProcess or MaskCreate" in done.stderr
+    assert "no job of RELION's, expected the folder of a Refine3D, Class3D or PostProcess job: one with" in done.stderr
     done = CliRunner().invoke(cli, ["fsc", "one.mrc"])
     assert done.exit_code == 2
     assert "the folder of a RELION job alone" in done.stderr

@@ -512,6 +512,15 @@ def test_clean(project):
     assert job.result.exists()
 
 
+def test_clean_leaves_what_is_still_to_be_answered(project):
+    """A map for somebody else is no answer: the arrays are for RELION's own, or for the next step by hand."""
+    job = project(*SMALL)
+    assert job.run("--lambda", 0, "--clean", "-o", "map.mrc").exit_code == 0
+    assert all(path.exists() for path in job.arrays)
+    assert job.run("--lambda", 0, "--clean").exit_code == 0
+    assert not any(path.exists() for path in job.arrays)
+
+
 def test_arrays_that_cannot_be_removed_are_told_of(project, monkeypatch):
     job = project(*SMALL)
 

@@ -69,6 +69,15 @@ def test_a_finished_run_has_a_report(run):
     assert report(run, "-o", "notes.html", "--overwrite").exit_code == 0
 
 
+def test_an_answer_without_a_prior_leaves_no_map_of_an_earlier_one_with_it(run):
+    last, half = (run / f"{root}_denoised.mrc" for root in ("run_it010_class001", "run_it004_half1_class001"))
+    for path in (last, half):
+        path.touch()  # the half's somebody has made by hand
+    for star in (STARS[0], "run/run_it010_class001_external_reconstruct.star"):
+        assert CliRunner().invoke(cli, ["red-update", star, "--lambda", "0"]).exit_code == 0
+    assert half.exists() and not last.exists()
+
+
 def test_without_maps_and_requests_the_logs_are_enough(run):
     for path in run.glob("*_external_reconstruct*"):
         path.unlink()

@@ -72,6 +72,12 @@ class Program(click.Command):
 
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            variables = [] if error.ctx is None else _variables(error.ctx)
+            if variables and type(error) is click.UsageError:
+                told = f"{error.message} (Set in the environment: {', '.join(variables)}.)"
+                raise click.UsageError(told, error.ctx) from error
+            raise
         except BrokenPipeError:
             # `cryored ... | head -1`: the reader has what it wants.
             _drop_unwritten(sys.stdout)
@@ -81,6 +87,21 @@ class Program(click.Command):
             if verbosity(ctx) >= 2:
                 raise
             raise _Failure(str(ctx.find_root().info_name), in_words(error)) from error
+
+
+def _variables(ctx: click.Context) -> list[str]:
+    """Return the environment variables that options were taken from."""
+    return [
+        variable
+        for parameter in ctx.command.params
+        if parameter.name is not None
+        and ctx.get_parameter_source(parameter.name) is click.core.ParameterSource.ENVIRONMENT
+        for variable in [
+            parameter.envvar
+            if isinstance(parameter.envvar, str)
+            else f"{ctx.auto_envvar_prefix}_{parameter.name.upper()}"
+        ]
+    ]
 
 
 class _LazyGroup(Program, click.Group):
@@ -119,7 +140,8 @@ class _LazyGroup(Program, click.Group):
     "cryored",
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CRYORED"},
-    epilog="Every option can be set through the environment: CRYORED_RED_UPDATE_MODEL for --model of red-update. "
+    epilog="Every option can be set through the environment: CRYORED_RED_UPDATE_MODEL for --model of red-update, "
+    "CRYORED_RED_UPDATE_GPU=0 for --cpu. "
     "CRYORED_MODEL_PATH adds folders of models.",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="cryored", message="%(prog)s %(version)s")

@@ -15,7 +15,7 @@ from cryored.cli import options
 @click.option("--pad", type=options.Range(min=1), default=2.0, show_default=True, help="RELION's padding factor.")
 @options.model
 @options.device
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("--json", "as_json", envvar="CRYORED_DOCTOR_JSON", is_flag=True, help="Print the findings as JSON.")
 @options.common
 def doctor(job: str | None, box: int | None, pad: float, model: str, gpu: bool | None, as_json: bool) -> None:
     """Look whether everything is in place for a refinement with cryored, before it runs for a week.
@@ -32,17 +32,20 @@ def doctor(job: str | None, box: int | None, pad: float, model: str, gpu: bool |
     from dataclasses import asdict
     from pathlib import Path
 
-    from cryored.refinement.doctor import Setup, examine
+    from cryored.refinement.doctor import Setup, examine, hook_model
 
-    setup = Setup(None if job is None else Path(job), box, pad, model, gpu)
+    ctx = click.get_current_context()
+    quiet = options.verbosity(ctx) < 0
+    chosen = model if "model" in options.named(ctx) else hook_model() or model
+    setup = Setup(None if job is None else Path(job), box, pad, chosen, gpu)
     found = []
     for finding in examine(setup):
         found.append(finding)
-        if not as_json:
+        if not as_json and (finding.state == "error" or not quiet):
             colour = {"ok": "green", "warning": "yellow", "error": "red"}[finding.state]
             remedy = f"\n{'':<20}-> {finding.remedy}" if finding.remedy else ""
             click.echo(f"{click.style(f'{finding.state:<8}', fg=colour)}{finding.subject:<12}{finding.text}{remedy}")
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
     if any(finding.state == "error" for finding in found):
-        click.get_current_context().exit(1)
+        ctx.exit(1)

@@ -23,17 +23,15 @@ from cryored.prior.models import DEFAULT_MODEL
     "--low",
     type=options.Number(),
     default=10.0,
-    show_default=True,
     metavar="ANGSTROM",
-    help="Worse limit: at this resolution and coarser lambda is 0.",
+    help="A line in the schedule's place: at this resolution and coarser lambda is 0.  [default: 10 with --high alone]",
 )
 @click.option(
     "--high",
     type=options.Number(),
     default=4.5,
-    show_default=True,
     metavar="ANGSTROM",
-    help="Better limit: at this resolution and finer it is 1.",
+    help="And at this one and finer it is 1.  [default: 4.5 with --low alone]",
 )
 @click.option("--schedule", type=options.PATH, metavar="FILE.json", help="A stored schedule, instead of --low, --high.")
 @click.option(
@@ -41,7 +39,9 @@ from cryored.prior.models import DEFAULT_MODEL
     default=DEFAULT_MODEL,
     show_default=True,
     metavar="NAME_OR_PATH",
-    help="The schedule in this model's card, which red-update --lambda auto follows; with --fit the model to fit for.",
+    shell_complete=options.complete_model,
+    help="The schedule in this model's card, which red-update --lambda auto follows where the card has no weights; "
+    "with --fit, which needs it, the model to fit for.",
 )
 @click.option(
     "--fit", is_flag=True, help="Fit schedule and weights of --model to maps of structures it was not trained on."

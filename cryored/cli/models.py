@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", required=False, metavar="[NAME_OR_PATH]", shell_complete=options.complete_model)
-@click.option("--json", "as_json", is_flag=True, help="Print the card as it is.")
+@click.option("--json", "as_json", envvar="CRYORED_MODELS_JSON", is_flag=True, help="Print the card as it is.")
 @options.common
 def models(name: str | None, as_json: bool) -> None:
     """List the models that --model finds by name; or tell of one what its card knows.

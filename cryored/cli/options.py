@@ -317,7 +317,11 @@ def update(command: str) -> Callable[[F], F]:
                     help="Use the prior only up to this resolution (it fades over the last tenth): what is seen "
                     "beyond owes it nothing but a few per cent that the mask smears.",
                 ),
-                click.option("--clean", is_flag=True, help="Remove RELION's three arrays after success."),
+                click.option(
+                    "--clean",
+                    is_flag=True,
+                    help="Remove RELION's three arrays after success; not with -o, when RELION still waits.",
+                ),
             )
         ):
             function = option(function)

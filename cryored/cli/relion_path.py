@@ -18,7 +18,7 @@ def relion_path() -> None:
     \b
     Example, in the shell, a module file or a SLURM script, before RELION starts:
       cryored relion-path  # look at it
-      export PATH="$(cryored relion-path):$PATH"
+      blush=$(cryored relion-path) && export PATH="$blush:$PATH"
     """
     from cryored.files.share import RELION5, share_folders
 

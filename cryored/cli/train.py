@@ -29,6 +29,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 @click.option(
     "--evaluate",
     metavar="NAME_OR_PATH",
+    shell_complete=options.complete_model,
     help="Train nothing: judge this model on the pairs, by nominal resolution.",
 )
 @click.option("--maps", type=options.PATH, metavar="FILE.tsv", help="With --evaluate: write a row for each map too.")
@@ -118,6 +119,7 @@ _OF_EVALUATION_ALONE = {"maps", "shift"}
 @click.option(
     "--start",
     metavar="NAME_OR_PATH",
+    shell_complete=options.complete_model,
     help="Begin with the weights of this model: train on simple pairs first, then on real ones.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; the number of steps may differ.")

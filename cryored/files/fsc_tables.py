@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,11 +26,17 @@ _RANDOMISED = "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"
 _GOLD_STANDARD = "rlnGoldStandardFsc"
 
 
-def read_fsc_table(path: str | os.PathLike[str]) -> FscCurve:
+def read_fsc_table(path: str | os.PathLike[str], *, masked: bool = True) -> FscCurve:
     """Read an FSC curve from a file or, for ``-``, from standard input.
 
-    The content tells the format: a TSV of ``cryored fsc``; postprocess.star (the corrected curve, else the
-    unmasked one); run_itNNN_half1_model.star (the gold-standard curve of class 1); an EMDB FSC XML file.
+    The content tells the format: a TSV of ``cryored fsc``; postprocess.star; run_itNNN_half1_model.star (the
+    gold-standard curve of class 1); an EMDB FSC XML file.
+
+    Parameters
+    ----------
+    path : path
+    masked : bool
+        Of a table that has both, take the curve within the mask, corrected, rather than the unmasked one.
 
     Returns
     -------
@@ -44,30 +49,31 @@ def read_fsc_table(path: str | os.PathLike[str]) -> FscCurve:
         The file cannot be read or holds no curve over spatial frequency.
     """
     if is_stream(path):
-        return parse_fsc_table(stdin_bytes().read(), "standard input")
+        return parse_fsc_table(stdin_bytes().read(), "standard input", masked=masked)
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
-    return parse_fsc_table(content, os.fspath(path))
+    return parse_fsc_table(content, os.fspath(path), masked=masked)
 
 
-def parse_fsc_table(content: bytes, name: str) -> FscCurve:
+def parse_fsc_table(content: bytes, name: str, *, masked: bool = True) -> FscCurve:
     """Parse the content of an FSC file (see `read_fsc_table`); `name` is for messages."""
+    if content.startswith(b"\x1f\x8b"):
+        raise InputError(f"{name}: compressed, {_EXPECTED}; gunzip it first")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{name}: binary data, {_EXPECTED}; compare maps with `cryored fsc`") from None
-    parse: Callable[[str, str], tuple[Curve, Curve]]
     if not text.strip():
         raise InputError(f"{name}: empty, {_EXPECTED}; did the command before it fail?")
     if text.lstrip().startswith("<"):
-        parse = _parse_xml
+        found = _parse_xml(text, name)
     elif re.search(r"^\s*data_", text, re.MULTILINE):
-        parse = _parse_relion
+        found = _parse_relion(text, name, masked)
     else:
-        parse = _parse_tsv
-    return _checked(*parse(text, name), name)
+        found = _parse_tsv(text, name, masked)
+    return _checked(found, name)
 
 
 def _cells(line: str) -> list[str]:
@@ -75,9 +81,10 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
 
 
-def _parse_tsv(text: str, name: str) -> tuple[Curve, Curve]:
+def _parse_tsv(text: str, name: str, masked: bool) -> FscCurve:
     header, *rows = [_cells(line) for line in text.splitlines() if line.strip()]
-    label = "fsc_corrected" if "fsc_corrected" in header else "fsc"
+    corrected = masked and "fsc_corrected" in header
+    label = "fsc_corrected" if corrected else "fsc"
     if "frequency" not in header or label not in header:
         raise InputError(f"{name}: begins with '{' '.join(header)[:60]}', {_EXPECTED}")
     try:
@@ -87,14 +94,15 @@ def _parse_tsv(text: str, name: str) -> tuple[Curve, Curve]:
     frequency, fsc = (table[:, header.index(column)] for column in ("frequency", label))
     if np.isnan(frequency).any():
         raise InputError(f"{name}: the frequencies are unknown; run `cryored fsc` again with --angpix")
-    return frequency, fsc
+    return FscCurve(frequency, fsc, corrected)
 
 
-def _parse_relion(text: str, name: str) -> tuple[Curve, Curve]:
+def _parse_relion(text: str, name: str, masked: bool) -> FscCurve:
     star = parse_star(text.encode(), name)
     if star.has_column("fsc", "rlnResolution"):
-        label = _CORRECTED if star.has_column("fsc", _CORRECTED) else _UNMASKED
-        return star.numbers("fsc", "rlnResolution"), star.numbers("fsc", label)
+        corrected = star.has_column("fsc", _CORRECTED) and (masked or not star.has_column("fsc", _UNMASKED))
+        label = _CORRECTED if corrected else _UNMASKED
+        return FscCurve(star.numbers("fsc", "rlnResolution"), star.numbers("fsc", label), corrected)
     if star.has_column("model_class_1", _GOLD_STANDARD):
         fsc = star.numbers("model_class_1", _GOLD_STANDARD)
         if not fsc.any():
@@ -102,7 +110,7 @@ def _parse_relion(text: str, name: str) -> tuple[Curve, Curve]:
                 f"{name}: _{_GOLD_STANDARD} is 0 in all shells, as in iteration 0 and without half-maps; "
                 "expected a later iteration of a refinement of half-maps"
             )
-        return star.numbers("model_class_1", "rlnResolution"), fsc
+        return FscCurve(star.numbers("model_class_1", "rlnResolution"), fsc)
     if "external_reconstruct_tau2" in star.blocks():
         raise InputError(
             f"{name}: a request for an external reconstruction, whose shells have no spatial frequency; "
@@ -112,7 +120,7 @@ def _parse_relion(text: str, name: str) -> tuple[Curve, Curve]:
     raise InputError(f"{name}: found the blocks {found}, {_EXPECTED}")
 
 
-def _parse_xml(text: str, name: str) -> tuple[Curve, Curve]:
+def _parse_xml(text: str, name: str) -> FscCurve:
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
@@ -124,11 +132,12 @@ def _parse_xml(text: str, name: str) -> tuple[Curve, Curve]:
         table = np.array(points, dtype=np.float64)
     except ValueError as error:
         raise InputError(f"{name}: {error}; expected numbers in <x> and <y> of each <coordinate>") from None
-    return table[:, 0], table[:, 1]
+    return FscCurve(table[:, 0], table[:, 1])
 
 
-def _checked(frequency: Curve, fsc: Curve, name: str) -> FscCurve:
+def _checked(found: FscCurve, name: str) -> FscCurve:
     """Bring shell 0 to frequency 0 and refuse what is no curve."""
+    frequency, fsc = found.frequency, found.fsc
     if len(frequency) != len(fsc):
         raise InputError(f"{name}: {len(frequency)} frequencies, {len(fsc)} correlations; expected one for one")
     if len(frequency) and abs(frequency[0] - 1 / _RELION_SHELL_0) < 1e-6:
@@ -143,7 +152,7 @@ def _checked(frequency: Curve, fsc: Curve, name: str) -> FscCurve:
     if np.abs(fsc).max() > 1.001:
         worst = fsc[np.argmax(np.abs(fsc))]
         raise InputError(f"{name}: a correlation of {worst:g}, expected -1 to 1; is it another column, or percent?")
-    return FscCurve(frequency, fsc)
+    return FscCurve(frequency, fsc, found.masked)
 
 
 def format_tsv(result: FscResult) -> str:

@@ -77,7 +77,7 @@ class Job:
             return "which it names, but not in a folder above; give the half-maps themselves, and --mask"
         if self.iteration is None:
             return "expected the folder of an auto-refine or PostProcess job, such as Refine3D/job012"
-        if self.end is None:
+        if self.fsc is not None and self.end is None:
             return f"RELION writes them when the run has converged, and it is at iteration {self.iteration}"
         return "as in Class3D, which has no halves"
 
@@ -106,8 +106,8 @@ def read_job(path: str | Path) -> Job:
         if found is not None:
             return found
     raise InputError(
-        f"{folder}: no job of RELION's, expected the folder of a Refine3D, Class3D, PostProcess or MaskCreate job: one "
-        "with an ..._optimiser.star, postprocess.star or mask.mrc"
+        f"{folder}: no job of RELION's, expected the folder of a Refine3D, Class3D or PostProcess job: one "
+        "with an ..._optimiser.star or postprocess.star"
     )
 
 

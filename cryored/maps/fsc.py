@@ -35,10 +35,13 @@ class FscCurve:
         In 1/angstrom, rising; shell 0 at 0.
     fsc : (n,) float64
         Correlation of each shell.
+    masked : bool
+        Within a mask and corrected for it, as far as the file tells.
     """
 
     frequency: Curve
     fsc: Curve
+    masked: bool = False
 
 
 @dataclass(frozen=True)

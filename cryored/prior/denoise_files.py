@@ -122,6 +122,8 @@ class _Source:
         What the network is told of it, and by which it is weighted: the FSC that it has to another map as good.
     halves : (max(shape) // 2 + 1,) float64 or None
         FSC between the half-maps: `fsc` itself, unless the map is their average.
+    masked : bool
+        Whether that is of what is within a mask.
     sharpening : float
         By how many square angstrom it was sharpened, which is undone in `volume`.
     path : str or None
@@ -133,6 +135,7 @@ class _Source:
     given: Volume
     fsc: Curve | None
     halves: Curve | None
+    masked: bool = False
     sharpening: float = 0.0
     path: str | None = None
 
@@ -158,7 +161,8 @@ def denoise_file(
     model = _begin((path, options.half2), output, options)
     volume = _read(path, options)
     mask = _read_mask(options, path, volume)
-    source = _source(path, volume, _given_fsc(path, volume, mask, options), model, options)
+    fsc, masked = _given_fsc(path, volume, mask, options)
+    source = replace(_source(path, volume, fsc, model, options), masked=masked)
     if not is_stream(path):
         source = replace(source, path=path)
     _denoise(source, mask, output, model, options, progress)
@@ -187,7 +191,7 @@ def denoise_halves(
     mask = _read_mask(options, half1, average)
     halves = _half_fsc(half1, first, half2, second, mask, options)
     source = _source(f"the average of {half1} and {half2}", average, whole_set_fsc(halves), model, options)
-    _denoise(replace(source, halves=halves), mask, output, model, options, progress)
+    _denoise(replace(source, halves=halves, masked=mask is not None), mask, output, model, options, progress)
 
 
 def denoise_job(
@@ -288,7 +292,7 @@ def _source(path: str, volume: Volume, fsc: Curve | None, model: Model, options:
         bfactor,
     )
     blurred = sharpened(volume.data, volume.voxel_size, -bfactor, options.threads)
-    return _Source(path, volume.with_data(blurred), volume, None, None, bfactor)
+    return _Source(path, volume.with_data(blurred), volume, None, None, sharpening=bfactor)
 
 
 def _how_to_weight(path: Path) -> str:
@@ -328,21 +332,29 @@ def _check_range(path: str, volume: Volume, card: ModelCard, options: DenoiseOpt
 
 def _given_fsc(
     path: str, volume: Volume, mask: npt.NDArray[np.float32] | None, options: DenoiseOptions
-) -> Curve | None:
-    """Return the half-maps' FSC in the map's shells, where it is given."""
+) -> tuple[Curve | None, bool]:
+    """Return the half-maps' FSC in the map's shells, where it is given, and whether it is that within a mask."""
     if options.half2 is not None:
-        return _half_fsc(path, volume, options.half2, read_volume(options.half2, angpix=options.angpix), mask, options)
+        second = read_volume(options.half2, angpix=options.angpix)
+        return _half_fsc(path, volume, options.half2, second, mask, options), mask is not None
     if options.request is not None:
-        return _request_fsc(path, volume, options.request)
+        return _request_fsc(path, volume, options.request), False
     if options.fsc is None:
-        return None
-    table = read_fsc_table(options.fsc)
+        return None, False
+    # The FSC within a mask is better than the map that no mask is put on: its solvent is all noise.
+    table = read_fsc_table(options.fsc, masked=mask is not None)
+    if table.masked and mask is None:
+        logger.warning(
+            "%s: an FSC within a mask alone, by which the solvent of %s gets too much weight; give --mask, too",
+            name_of(options.fsc),
+            path,
+        )
     longest = max(volume.shape)
     shells = np.arange(longest // 2 + 1) / (longest * volume.voxel_size)
     # A table that ends early knows nothing beyond: no weight there. Its last shell may differ by rounding.
     inside = shells <= table.frequency[-1] * (1 + 1e-4)
     known = np.where(table.frequency == 0, 1.0, table.fsc)
-    return np.where(inside, np.interp(shells, table.frequency, known), 0.0)
+    return np.where(inside, np.interp(shells, table.frequency, known), 0.0), table.masked
 
 
 def _request_fsc(path: str, volume: Volume, name: str) -> Curve | None:
@@ -425,7 +437,7 @@ def _denoise(
     results = [finish(found[0], level), *(finish(sigma, 0.0) for sigma in found[1:])]
     if denoiser.device_name:
         logger.info("denoised with %s on %s", model.card.name, denoiser.device_name)
-        _tell(source, given, results[0], mask, options)
+        _tell(source, given, results[0], options)
         kept = _kept(source, found[0], model, options)
     else:
         logger.info("%s is constant: returned as it is", source.name)
@@ -472,7 +484,6 @@ def _tell(
     source: _Source,
     given: Volume,
     result: Volume,
-    mask: npt.NDArray[np.float32] | None,
     options: DenoiseOptions,
 ) -> None:
     """Say by what the map was weighted, by how much it was changed, and to which resolution."""
@@ -481,7 +492,7 @@ def _tell(
     if source.halves is not None:
         at = nominal_resolution(frequency, np.asarray(source.halves, dtype=np.float64))
     if source.halves is not None and source.volume is not source.given:
-        inside = "" if mask is None else " within the mask"
+        inside = " within the mask" if source.masked else ""
         weighted = f"weighted by its FSC{inside} (between the halves 0.143 at {at:.2f} A)"
     elif options.request is not None:
         weighted = f"weighted by RELION, by the FSC of {name_of(options.request)}"

@@ -29,6 +29,7 @@ from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import DEFAULT_MODEL, check_weights, find_model
 from cryored.refinement.bounds import array_bytes, bounds
 from cryored.refinement.mailbox import PRESENCE, Presence
+from cryored.refinement.red_update import ROOT
 
 VARIABLE = "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE"
 BLUSH = "relion_python_blush"
@@ -37,6 +38,7 @@ _OLDEST = (3, 1)
 _ROOM = 1.5  # times the arrays of one request that should be free on the disk
 _LOCAL = {"tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "ramfs"}  # of one machine
 _BOX = 16  # of the dry request
+_PREFIX = "CRYORED_RED_UPDATE_"
 # What the hook takes for options of its own from the environment (bin/cryored-external-reconstruct).
 _COUNTING = (
     "ANGPIX CHECK CLEAN DENOISED EXTRAPOLATE FINAL LAMBDA MODEL OUTPUT PRIOR_LIMIT SCHEDULE TRUST UNREGULARISED".split()
@@ -213,7 +215,7 @@ def hook(setup: Setup) -> Iterator[Finding]:
     if value is None and blush != "ours":
         remedy = (
             f"export {VARIABLE}={_our_hook()}, or for RELION 5's --blush: "
-            + 'export PATH="$(cryored relion-path):$PATH"'
+            + 'blush=$(cryored relion-path) && export PATH="$blush:$PATH"'
         )
         yield Finding("hook", "error", f"{VARIABLE} is not set, so RELION reconstructs by itself", remedy)
     elif value is not None:
@@ -223,6 +225,20 @@ def hook(setup: Setup) -> Iterator[Finding]:
     elif blush == "RELION's":
         text = f"{shutil.which(BLUSH)} is RELION's own: --blush runs Blush, not cryored"
         yield Finding("Blush call", "ok", text)
+
+
+def hook_model() -> str | None:
+    """Return the model that the hook is told to take, None where it takes the default."""
+    try:
+        words = shlex.split(os.environ.get(VARIABLE, ""))
+    except ValueError:
+        words = []
+    for number, word in enumerate(words):
+        if word == "--model":
+            return next(iter(words[number + 1 :]), None)
+        if word.startswith("--model="):
+            return word.partition("=")[2]
+    return os.environ.get(f"{_PREFIX}MODEL") or None
 
 
 def _blush() -> Literal["ours", "RELION's", "none"]:
@@ -245,6 +261,10 @@ def _call(setup: Setup, subject: str, value: str, options: str, good: Callable[[
         program = shlex.split(value)[0]
     except (ValueError, IndexError):
         return Finding(subject, "error", f"{VARIABLE} is {value!r}, no command", f"export {VARIABLE}={_our_hook()}")
+    kept = os.environ.get(f"{_PREFIX}UNREGULARISED", "")
+    if ("--unregularised" in value or kept) and ROOT not in value + kept:
+        text = f"{value}: --unregularised without {ROOT} in the name: one file for all requests"
+        return Finding(subject, "error", text, f"--unregularised '{ROOT}_unregularised.mrc'")
     path = shutil.which(program)
     if path is None:
         there = Path(program).is_file()
@@ -361,7 +381,7 @@ def watcher(setup: Setup) -> Iterator[Finding]:
     if state is None:
         yield Finding("watcher", "ok", "none: each call loads the model by itself (some seconds)")
         return
-    counting = [name for name in (f"CRYORED_RED_UPDATE_{one}" for one in _COUNTING) if os.environ.get(name)]
+    counting = [name for name in (f"{_PREFIX}{one}" for one in _COUNTING) if os.environ.get(name)]
     if counting:
         text = f"{', '.join(counting)} set: the hook goes by that, and asks no watcher of {setup.folder}"
         yield Finding("watcher", "warning", text, f"unset {' '.join(counting)}, and give the watcher its options")

@@ -120,9 +120,11 @@ class Outputs:
             else:
                 write_volume(self.beside, answer.result, label=label)
                 write_volume(self.target, maps.regularised, label=plain)
-            if self.own_target and request.result_star is not None:
-                # RELION would read new tau2 or FSC from it, even one that an earlier run has left.
-                request.result_star.unlink(missing_ok=True)
+            if self.own_target:  # nothing that an earlier answer has left is this one's
+                if request.result_star is not None:  # RELION would read new tau2 or FSC from it
+                    request.result_star.unlink(missing_ok=True)
+                if self.beside is None and self.record["denoised"] is None and is_joined(request):
+                    Path(f"{request.root}{DENOISED}").unlink(missing_ok=True)
         return {
             **self.record,
             "device": updater.denoiser.device_name if "network" in seconds else "CPU, no network",
@@ -197,7 +199,9 @@ def plan_outputs(name: str, request: Request, updater: Updater, by: str, files: 
         "denoised": files.denoised,
         "with_prior": beside if beside is not None else target if lam > 0 else None,
     }
-    return Outputs(request, target, files.output is None, unregularised, files.clean, record, beside)
+    # Of a map for somebody else RELION's arrays are still to be answered.
+    clean = files.clean and files.output is None
+    return Outputs(request, target, files.output is None, unregularised, clean, record, beside)
 
 
 def _described(request: Request, updater: Updater) -> dict[str, Any]:
