@@ -33,13 +33,14 @@ from cryored.maps.volume import Volume
 from cryored.prior import device
 from cryored.prior.denoiser import Denoiser
 from cryored.prior.models import DEFAULT_MODEL, find_model
-from cryored.refinement.harvest_relion import Task, plan
+from cryored.refinement.harvest_relion import Task, check_settings, plan
 from cryored.refinement.relion_runs import LOCAL_SEARCH, RELION_HOOK, make_data, refine
 from cryored.simulation.harvest import HarvestOptions, harvest_files
 from cryored.simulation.pair_table import Array, read_pairs
 from cryored.training.evaluation import Judgement, judge
 
 ITERATIONS = 2
+DONE = "refined"  # an empty file: RELION has done its part, also where nothing of it can be used
 
 Start = Callable[[Volume, Array, np.random.Generator], Array]  # of the reference, and that of another structure
 
@@ -132,6 +133,7 @@ def _filtered(volume: Volume, resolution: float) -> Array:
 
 def harvest(task: Task, other: Task, name: str) -> Path:
     """Refine a structure from a start, unless that is done; return its table of pairs."""
+    check_settings(task)
     folder = task.folder / name.replace(" ", "_")
     table = folder / "pairs" / "pairs.star"
     if table.exists():
@@ -159,7 +161,9 @@ def harvest(task: Task, other: Task, name: str) -> Path:
     start = STARTS[name](reference, strange.data, rng).astype(np.float32)
     write_volume(str(paths[0]), reference.with_data(start), label=f"starting reference: {name}")
     search = (*LOCAL_SEARCH, "--auto_iter_max", str(ITERATIONS))
-    refine(data, folder.name, RELION_HOOK, search=search)
+    if not (folder / DONE).exists():
+        refine(data, folder.name, RELION_HOOK, search=search)
+        (folder / DONE).touch()
     harvest_files(str(folder), str(data.truth), str(table.parent), HarvestOptions(task.name, float16=True))
     for left in folder.glob("run*"):
         left.unlink()
@@ -203,11 +207,14 @@ def main(
     device.set_up()
     found = find_model(model)
     denoise = Denoiser(found)
+    chosen = starts or list(STARTS)
+    if "another molecule" in chosen and len(structures) < 2:
+        raise click.UsageError("another molecule needs a second structure; name other starts by --start")
     how = {"box": box, "angpix": angpix, "perturb_angles": 5.0}
     tasks = plan(structures, output, snr=snr, number=number, seed=seed, **how)
     click.echo("| start | iteration | maps | whole | inside | worst | gain |")
     click.echo("|---|---|---|---|---|---|---|")
-    for name in starts or STARTS:
+    for name in chosen:
         judgements: list[Judgement] = []
         for task, other in zip(tasks, [*tasks[1:], tasks[0]], strict=True):
             try:

@@ -30,7 +30,7 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
-        return f"standard output: {error.strerror}"  # the only stream that has no name
+        return error.strerror
     if isinstance(error, CryoredError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

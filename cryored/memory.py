@@ -32,7 +32,8 @@ def free_memory(root: str = "/") -> int | None:
         try:
             found.append(int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
             files = dict(line.split() for line in statistics.read_text(encoding="ascii").splitlines())
-            found[-1] += sum(int(files.get(name, 0)) for name in _FILES)
+            # Version 1 tells a group's own files by these names, and with those of its subgroups as a total.
+            found[-1] += sum(int(files.get(f"total_{name}", files.get(name, 0))) for name in _FILES)
         except (OSError, ValueError):  # no such group, or "max"
             pass
     granted = os.environ.get("SLURM_MEM_PER_NODE", "")

@@ -301,6 +301,11 @@ def test_usage_errors_name_the_environment(monkeypatch):
     assert done.exit_code == 2
     assert "eq. 17 knows none. (Set in the environment: CRYORED_RED_UPDATE_TRUST.)" in done.stderr
     assert done.stderr.startswith("Usage: cryored red-update")
+    monkeypatch.setenv("CRYORED_RED_UPDATE_TRUST", "abc")
+    done = CliRunner().invoke(cli, ["red-update", "x.star"])
+    assert done.exit_code == 2
+    assert "Invalid value for '--trust': 'abc'" in done.stderr
+    assert done.stderr.count("(Set in the environment: CRYORED_RED_UPDATE_TRUST.)") == 1
 
 
 def test_options_come_from_the_environment_too(tmp_path):

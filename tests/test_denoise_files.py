@@ -170,10 +170,14 @@ def test_a_table_of_a_mask_alone_is_warned_of(tmp_path):
     done = denoise(HALVES[0], "--fsc", "fsc.tsv", "--mask", PKA / "mask.mrc", "-o", "out.mrc")
     assert "weighted by its FSC (between" in done.stderr  # nobody says that it is within the mask
     star = "data_fsc\nloop_\n_rlnResolution #1\n_rlnFourierShellCorrelationCorrected #2\n0.01 0.99\n0.1 0.9\n0.33 0.1\n"
-    Path("fsc.star").write_text(star)
-    done = denoise(HALVES[0], "--fsc", "fsc.star", "-o", "whole.mrc")
-    assert "fsc.star: an FSC within a mask alone, by which the solvent of" in done.stderr
-    assert "weighted by its FSC within the mask (between" in done.stderr
+    for name, text in (
+        ("fsc.star", star),
+        ("corrected.tsv", "frequency\tfsc_corrected\n0.01\t0.99\n0.1\t0.9\n0.33\t0.1\n"),
+    ):
+        Path(name).write_text(text)
+        done = denoise(HALVES[0], "--fsc", name, "-o", "whole.mrc", "--overwrite")
+        assert f"{name}: an FSC within a mask alone, by which the solvent of" in done.stderr
+        assert "weighted by its FSC within the mask (between" in done.stderr
 
 
 def test_halves_that_are_alike_to_nyquist_are_not_corrected_for_the_mask(truth):

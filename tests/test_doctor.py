@@ -234,6 +234,8 @@ def test_a_hook_that_the_second_request_would_stop_at(project, monkeypatch, wher
     assert finding.state == "error"
     assert "--unregularised without {root} in the name: one file for all requests" in finding.text
     assert not Path("raw.mrc").exists()
+    monkeypatch.setenv(VARIABLE, f"{project / HOOK.name} --unregularised raw.mrc --overwrite")
+    assert "one file for all requests" not in only(doctor.hook).text
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,12 @@ def test_a_training_goes_on_as_it_began(tmp_path):
             from_atoms.load(tmp_path, network, replace(plan, **{name: value}))
 
 
+def test_a_state_of_an_earlier_version_is_not_begun_anew(tmp_path):
+    (tmp_path / "state.json").touch()
+    with pytest.raises(InputError, match="the state of a training by an earlier cryored; go on with that, or"):
+        from_atoms.train([MODEL], [], tmp_path, Plan(), seconds=1.0, processes=1)
+
+
 def test_all_samples_are_validated_on(monkeypatch):
     seen = []
 

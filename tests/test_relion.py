@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cryored.errors import InputError
-from cryored.files.requests import is_request, read_request
+from cryored.files.requests import NAME, is_request, parts_of, read_request
 from cryored.files.star import parse_star, read_star
 
 REQUESTS = Path(__file__).parent / "data" / "relion_requests"
@@ -322,3 +322,20 @@ def test_other_files_are_no_requests(tmp_path):
     shutil.copy(REQUESTS / "pka_box64_pad1" / "truth.mrc", tmp_path / "job.star")
     with pytest.raises(InputError, match="job.star: no STAR file"):
         read_star(tmp_path / "job.star")
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "iteration", "half"),
+    [
+        ("run_it003_half1_class001", "run", 3, 1),
+        ("run_ct5_it006_class002", "run", 6, None),
+        ("run_it002_half2_body001", "run", 2, 2),
+        ("_it001_half1_class001", "", 1, 1),  # RELION's --o Refine3D/job/
+        ("a_it1/run_it010_class001", "a_it1/run", 10, None),
+        ("run_class001", None, None, None),
+    ],
+)
+def test_what_relions_names_tell(name, run, iteration, half):
+    match = NAME.match(name)
+    assert (match and match["run"]) == run
+    assert parts_of(name) == (iteration, half)

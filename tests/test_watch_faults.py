@@ -168,7 +168,6 @@ def test_both_halves_are_served_and_the_watcher_ends_cleanly(watch):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_under_nohup_it_outlives_the_terminal(watch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what a child inherits of nohup
     try:
@@ -183,6 +182,7 @@ def test_under_nohup_it_outlives_the_terminal(watch):
     assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_killed_before_a_request(watch):
     watcher = watch()
     watcher.kill()

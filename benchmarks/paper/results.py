@@ -340,6 +340,8 @@ def _substituted(records: Records) -> list[str]:
         begin = record["start"]
         # Next to the resolution a mask smears what lies before it.
         start, where = (begin, "") if RUNS[name].limit is None else (begin + SMEARED, f", but for {SMEARED} shells")
+        if start >= len(record["curves"]["denoised"]):
+            continue  # resolved to Nyquist: nothing is beyond
         values = ", ".join(
             f"{kind} {np.mean(curve[start:]):+.3f} (at most {max(curve[start:]):.3f})"
             for kind, curve in record["curves"].items()

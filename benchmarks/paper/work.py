@@ -397,7 +397,8 @@ def _substitute(data: Data, run: Run, seed: int) -> Record:
     if run.limit is None:
         start = round(data.box * data.angpix / SUBSTITUTED_FROM)
     else:
-        start = last_shell(shell_correlation(*(half * mask for half in halves)), run.limit) + 1
+        curve = shell_correlation(*(half * mask for half in halves))
+        start = min(last_shell(curve, run.limit) + 1, len(curve) - 1)
     found = substituted_volumes(
         truth.with_data(halves[0]),
         truth.with_data(halves[1]),

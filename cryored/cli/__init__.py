@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from contextlib import suppress
@@ -62,22 +63,26 @@ def _fill_closed() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
 
 
+def _buffer() -> None:
+    """Give standard output a buffer, which writes all or fails; with PYTHONUNBUFFERED there is none: a part passes."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):
+        buffer = io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
+
+
 class Program(click.Command):
     """A command that tells of its errors in one line; see `run_program`."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run, and turn what the input or the machine is at fault for into a message; -vv lets it through."""
         from cryored.cli.options import verbosity
-        from cryored.errors import CryoredError, in_words
+        from cryored.errors import CryoredError
 
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            variables = [] if error.ctx is None else _variables(error.ctx)
-            if variables and type(error) is click.UsageError:
-                told = f"{error.message} (Set in the environment: {', '.join(variables)}.)"
-                raise click.UsageError(told, error.ctx) from error
-            raise
+            raise _with_variables(error) from error
         except BrokenPipeError:
             # `cryored ... | head -1`: the reader has what it wants.
             _drop_unwritten(sys.stdout)
@@ -86,22 +91,36 @@ class Program(click.Command):
             _drop_unwritten(sys.stdout)
             if verbosity(ctx) >= 2:
                 raise
-            raise _Failure(str(ctx.find_root().info_name), in_words(error)) from error
+            raise _Failure(str(ctx.find_root().info_name), _told(error)) from error
 
 
-def _variables(ctx: click.Context) -> list[str]:
-    """Return the environment variables that options were taken from."""
-    return [
-        variable
-        for parameter in ctx.command.params
-        if parameter.name is not None
-        and ctx.get_parameter_source(parameter.name) is click.core.ParameterSource.ENVIRONMENT
-        for variable in [
-            parameter.envvar
-            if isinstance(parameter.envvar, str)
-            else f"{ctx.auto_envvar_prefix}_{parameter.name.upper()}"
-        ]
+def _with_variables(error: click.UsageError) -> click.UsageError:
+    """Return a usage error that names the environment variables that options were taken from."""
+    ctx = error.ctx
+    if ctx is None or type(error) not in (click.UsageError, click.BadParameter):
+        return error
+    at_fault = [error.param] if isinstance(error, click.BadParameter) else ctx.command.params
+    variables = [
+        one.envvar if isinstance(one.envvar, str) else f"{ctx.auto_envvar_prefix}_{one.name.upper()}"
+        for one in at_fault
+        if one is not None
+        and one.name is not None
+        and ctx.get_parameter_source(one.name) is click.core.ParameterSource.ENVIRONMENT
     ]
+    if not variables:
+        return error
+    told = f"{error.message} (Set in the environment: {', '.join(variables)}.)"
+    if isinstance(error, click.BadParameter):
+        return click.BadParameter(told, ctx, error.param, error.param_hint)
+    return click.UsageError(told, ctx)
+
+
+def _told(error: BaseException) -> str:
+    from cryored.errors import CryoredError, in_words
+
+    nameless = isinstance(error, OSError) and error.filename is None and error.strerror
+    # The only stream that has no name.
+    return f"{'standard output: ' if nameless and not isinstance(error, CryoredError) else ''}{in_words(error)}"
 
 
 class _LazyGroup(Program, click.Group):
@@ -164,6 +183,7 @@ def run_program(command: click.Command, name: str, *, if_interrupted: str = "int
     A message that cannot be printed, as on a full disk, changes none of these.
     """
     _fill_closed()
+    _buffer()
     try:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
@@ -175,11 +195,9 @@ def run_program(command: click.Command, name: str, *, if_interrupted: str = "int
                 error.show()
         status = error.exit_code
     except OSError as error:  # of --help and --version, which print before a command is invoked
-        from cryored.errors import in_words
-
         _drop_unwritten(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            _say(f"{name}: error: {in_words(error)}")
+            _say(f"{name}: error: {_told(error)}")
         status = 141 if isinstance(error, BrokenPipeError) else 1
     _drop_unwritten(sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)

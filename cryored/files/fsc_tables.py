@@ -83,7 +83,7 @@ def _cells(line: str) -> list[str]:
 
 def _parse_tsv(text: str, name: str, masked: bool) -> FscCurve:
     header, *rows = [_cells(line) for line in text.splitlines() if line.strip()]
-    corrected = masked and "fsc_corrected" in header
+    corrected = "fsc_corrected" in header and (masked or "fsc" not in header)
     label = "fsc_corrected" if corrected else "fsc"
     if "frequency" not in header or label not in header:
         raise InputError(f"{name}: begins with '{' '.join(header)[:60]}', {_EXPECTED}")

@@ -7,6 +7,7 @@ import gzip
 import io
 import logging
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from mrcfile.mrcinterpreter import MrcInterpreter
 
 from cryored import __version__
 from cryored.errors import InputError
-from cryored.files.output import is_stream, stdin_bytes, stdout_bytes, whole_file, write_stdout
+from cryored.files.output import is_stream, stdin_bytes, stdout_bytes, whole_file
 from cryored.maps.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,8 @@ def write_volume(path: str | os.PathLike[str], volume: Volume, *, label: str, fl
     if largest > _FLOAT16_MAX:
         raise InputError(f"{os.fspath(path)}: values up to {largest:g}, but float16 ends at 65504; write float32")
     if is_stream(path):
-        write_stdout(_encode(volume, text, float16), stdout_bytes())
+        stdout_bytes().write(_encode(volume, text, float16))
+        sys.stdout.flush()
         return
     suffix = Path(path).suffix.lower()
     with whole_file(path) as partial:

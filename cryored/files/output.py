@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import sys
@@ -50,15 +49,6 @@ def stdout_bytes() -> BinaryIO:
     if sys.stdout.isatty():
         raise OutputError("standard output is a terminal: pipe it on or name a file instead of '-'")
     return sys.stdout.buffer
-
-
-def write_stdout(data: bytes, stream: BinaryIO) -> None:
-    """Write all of some bytes to standard output; with PYTHONUNBUFFERED a disk that is nearly full takes a part."""
-    sys.stdout.flush()
-    left = memoryview(data)
-    while left:
-        left = left[stream.write(left) :]
-    sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the interpreter's exit
 
 
 def _check_open() -> None:
@@ -206,11 +196,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file whole, or print it for ``-``."""
     if is_stream(path):
         _check_open()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            write_stdout(text.encode(sys.stdout.encoding, sys.stdout.errors or "strict"), sys.stdout.buffer)
-        else:  # a notebook's, or a test's
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        sys.stdout.write(text)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the interpreter's exit
         return
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ _TAU2 = "external_reconstruct_tau2"
 ENDING = "_external_reconstruct"  # of a request's name, before ".star"
 # A name without it: run_it003_half1_class001, run_ct5_it006_class002 of a run that was continued, run_it002_body001 ...
 NAME = re.compile(
-    r"(?P<run>.+?)(?P<continued>_ct\d+)?_it(?P<iteration>\d+)(?:_half(?P<half>[12]))?(?:_(?:class|(?P<body>body))\d+)+$"
+    r"(?P<run>.*?)(?P<continued>_ct\d+)?_it(?P<iteration>\d+)(?:_half(?P<half>[12]))?(?:_(?:class|(?P<body>body))\d+)+$"
 )
 _ITERATION = re.compile(r"_it(\d+)_")
 

@@ -230,7 +230,7 @@ def hook(setup: Setup) -> Iterator[Finding]:
 def hook_model() -> str | None:
     """Return the model that the hook is told to take, None where it takes the default."""
     try:
-        words = shlex.split(os.environ.get(VARIABLE, ""))
+        words = shlex.split(os.environ.get("RELION_BLUSH_ARGS" if VARIABLE not in os.environ else VARIABLE, ""))
     except ValueError:
         words = []
     for number, word in enumerate(words):
@@ -261,8 +261,8 @@ def _call(setup: Setup, subject: str, value: str, options: str, good: Callable[[
         program = shlex.split(value)[0]
     except (ValueError, IndexError):
         return Finding(subject, "error", f"{VARIABLE} is {value!r}, no command", f"export {VARIABLE}={_our_hook()}")
-    kept = os.environ.get(f"{_PREFIX}UNREGULARISED", "")
-    if ("--unregularised" in value or kept) and ROOT not in value + kept:
+    kept = value if "--unregularised" in value else os.environ.get(f"{_PREFIX}UNREGULARISED") or ROOT
+    if ROOT not in kept and "--overwrite" not in value:
         text = f"{value}: --unregularised without {ROOT} in the name: one file for all requests"
         return Finding(subject, "error", text, f"--unregularised '{ROOT}_unregularised.mrc'")
     path = shutil.which(program)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from cryored.errors import CryoredError, InputError, in_words
+from cryored.errors import CryoredError, InputError
 from cryored.simulation.workers import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def do_task(task: Task, opts: Options, on_iteration: Callable[[int], None], stop
     from cryored.refinement.relion_runs import RELION_HOOK, make_data, refine
     from cryored.simulation.harvest import HarvestOptions, harvest_files
 
-    _check_settings(task)
+    check_settings(task)
     run = task.folder / "run"
     if not task.table.exists():
         what = task.settings
@@ -149,7 +149,7 @@ def do_task(task: Task, opts: Options, on_iteration: Callable[[int], None], stop
         (task.folder / "particles.mrcs").unlink(missing_ok=True)
 
 
-def _check_settings(task: Task) -> None:
+def check_settings(task: Task) -> None:
     """Record what a folder is made with; refuse one that was made with something else."""
     from cryored.files.output import write_text
 
@@ -298,7 +298,7 @@ def run_all(tasks: Sequence[Task], opts: Options, jobs: int) -> dict[str, str]:
                     try:
                         future.result()
                     except (CryoredError, OSError, MemoryError) as error:
-                        failed[label] = in_words(error)
+                        failed[label] = str(error) or "not enough memory"
                     display.end(label, "failed" if label in failed else "harvested")
             except BaseException:
                 stop.set()
@@ -337,7 +337,7 @@ def _try_task(opts: Options, task: Task) -> str:
     try:
         do_task(task, opts, lambda number: None, threading.Event())
     except (CryoredError, OSError, MemoryError) as error:
-        return in_words(error)
+        return str(error) or "not enough memory"
     return ""
 
 

@@ -295,8 +295,19 @@ def train(
         Of this run, with what comes before its first step.
     processes : int
         On the host, that make densities.
+
+    Raises
+    ------
+    InputError
+        The folder holds what was trained otherwise.
+    ModelError
+        What it holds is damaged, or the loss is no number.
     """
     begin = time.monotonic()
+    if (folder / "state.json").exists() and not (folder / CHECKPOINT).exists():
+        raise InputError(
+            f"{folder}: the state of a training by an earlier cryored; go on with that, or give another folder"
+        )
     network = build(plan)
     state = load(folder, network, plan) if (folder / CHECKPOINT).exists() else State()
     with closing(Densities(structures, plan, processes)) as densities:

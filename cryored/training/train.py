@@ -146,15 +146,15 @@ def train_files(
     first = None if options.start is None else _start_model(options.start, recipe, pairs.voxel_size)
     truths = read_truths(pairs.rows) if recipe.synthesised else None
     target.mkdir(parents=True, exist_ok=True)
-    if not goes_on:
-        if options.resume:
-            logger.warning("%s: no checkpoint to go on from; the training begins anew", target)
-        (target / CHECKPOINT).unlink(missing_ok=True)  # killed before its first, this one shall not go on from that
     device_name = device.set_up(options.gpu, options.threads)
     if recipe.mixed_precision and device_name == "torch, CPU":
         raise ModelError(
             "PyTorch pools no bfloat16 on a CPU; leave --mixed-precision out, or use a GPU or another KERAS_BACKEND"
         )
+    if not goes_on:
+        if options.resume:
+            logger.warning("%s: no checkpoint to go on from; the training begins anew", target)
+        (target / CHECKPOINT).unlink(missing_ok=True)  # killed before its first, this one shall not go on from that
     weights, state = _steps(target, recipe, pairs, truths, first, options, goes_on, progress)
     facts = {
         "pairs_left_out": pairs.left_out,
@@ -213,7 +213,7 @@ def _steps(
             network.set_weights(load_network(first).get_weights())
         state = load_checkpoint(target / CHECKPOINT, network, recipe) if goes_on else State()
         digest = pairs.digest()
-        if goes_on and state.pairs != digest:
+        if state.pairs not in ("", digest):
             logger.warning("%s: the training goes on with other pairs than it began with", target)
         state = dataclasses.replace(state, pairs=digest)
         names = options.validation or ""
