@@ -155,11 +155,12 @@ def main(
             ratio = [np.sqrt(np.mean(part.error**2) / np.mean(part.sigma**2)) for part in some]
             within = [[np.mean(np.abs(part.error) < k * part.sigma) for part in some] for k in (0.994, 1.96)]
             name = "all" if low == 0 and high == np.inf else f"{low:g}-{high:g}"
+            kept = [part.kept for part in some if np.isfinite(part.kept)]  # none where no resolved shell has noise
             rank = "" if place == "outside" else f"{np.median([part.rank for part in some]):.2f}"
             click.echo(
                 f"{name}\t{place}\t{len(some)}\t{np.median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})"
                 f"\t{100 * np.median(within[0]):.0f}\t{100 * np.median(within[1]):.0f}\t{rank}"
-                f"\t{np.median([part.rise for part in some]):.2f}\t{np.nanmedian([part.kept for part in some]):.2f}"
+                f"\t{np.median([part.rise for part in some]):.2f}\t{np.median(kept) if kept else np.nan:.2f}"
                 f"\t{sum(part.doubted for part in some)}"
             )
     if curve:
