@@ -82,7 +82,7 @@ class Program(click.Command):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            raise _with_variables(error) from error
+            raise _with_variables(error) from None
         except BrokenPipeError:
             # `cryored ... | head -1`: the reader has what it wants.
             _drop_unwritten(sys.stdout)
@@ -118,9 +118,9 @@ def _with_variables(error: click.UsageError) -> click.UsageError:
 def _told(error: BaseException) -> str:
     from cryored.errors import CryoredError, in_words
 
-    nameless = isinstance(error, OSError) and error.filename is None and error.strerror
-    # The only stream that has no name.
-    return f"{'standard output: ' if nameless and not isinstance(error, CryoredError) else ''}{in_words(error)}"
+    if isinstance(error, OSError) and not isinstance(error, CryoredError) and error.strerror and error.filename is None:
+        return f"standard output: {in_words(error)}"  # the only stream that has no name
+    return in_words(error)
 
 
 class _LazyGroup(Program, click.Group):

@@ -299,10 +299,10 @@ def ctf(
     squared = x**2 + y**2
     azimuth = np.arctan2(y, x) - np.deg2rad(axis)
     defocus = 0.5 * (u + v + (u - v) * np.cos(2.0 * azimuth))
-    return transfer(squared, defocus, voltage_kv, cs_mm, amplitude_contrast)
+    return ctf_at(squared, defocus, voltage_kv, cs_mm, amplitude_contrast)
 
 
-def transfer(squared: Doubles, defocus: Doubles, voltage_kv: float, cs_mm: float, amplitude_contrast: float) -> Singles:
+def ctf_at(squared: Doubles, defocus: Doubles, voltage_kv: float, cs_mm: float, amplitude_contrast: float) -> Singles:
     """Return `ctf` at squared frequencies in 1/angstrom**2, of an underfocus in angstrom; the two are broadcast."""
     volt = 1e3 * voltage_kv
     wavelength = 12.2643247 / np.sqrt(volt * (1.0 + 0.978466e-6 * volt))  # angstrom, relativistic

@@ -100,9 +100,7 @@ def examine(setup: Setup) -> Iterator[Finding]:
     for question in QUESTIONS:
         try:
             yield from question(setup)
-        except (
-            Exception
-        ) as error:  # what is broken here can fail in any way: the other questions are asked all the same
+        except Exception as error:  # what is broken may fail in any way; the other questions are still asked
             yield Finding(question.__name__, "error", in_words(error))
 
 

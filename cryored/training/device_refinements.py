@@ -23,7 +23,7 @@ from cryored.maps.fourier import frequencies
 from cryored.maps.fsc import nominal_resolution
 from cryored.maps.truth_scale import RELIABLE
 from cryored.maps.volume import soft_sphere, squared_distance
-from cryored.reconstruction.projection import EVEN, Views, perturb, transfer
+from cryored.reconstruction.projection import EVEN, Views, ctf_at, perturb
 from cryored.simulation.intermediates import (
     INCREASE,
     JOIN,
@@ -292,7 +292,7 @@ class _Particles:
         true = self._true_slices(truth, rotations)
         defocus = rng.uniform(*experiment.defocus, size=number)
         squared = (refiner._plane_radius / (box * refiner._voxel_size)) ** 2
-        self._ctf = _tensor(transfer(squared, defocus[:, None], *astuple(Microscope())))
+        self._ctf = _tensor(ctf_at(squared, defocus[:, None], *astuple(Microscope())))
         images = true * self._ctf[:, :, None]
         power = float(ops.sum(ops.square(images[:, 1:]))) * 2 / number  # the mean of an image is no signal
         noise = power / box**2 / experiment.snr
